@@ -40,7 +40,7 @@ class Entry:
 
 
 ENVIRONMENTS: tuple[Entry, ...] = (
-    Entry("TextGen-v0", "textgen", "TextGen", "your own prompts, tokenizer and reward"),
+    Entry("TextGen-v0", "generic", "Generic", "your own prompts, tokenizer and reward"),
     Entry("textgym/DataToText-v0", "data_to_text", "DataToText", "facts in, sentence out"),
     Entry("textgym/Arithmetic-v0", "arithmetic", "Arithmetic", "sums checked by a verifier"),
     Entry("textgym/Continuation-v0", "continuation", "Continuation", "continue a story's opening"),
