@@ -1,0 +1,1 @@
+"""The environments, one task family a file; `textgym.registry` lists their ids."""

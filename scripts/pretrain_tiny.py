@@ -1,0 +1,281 @@
+"""Pretrain the embedded model: a tokenizer and a small Llama, from nothing, on text that our own tasks generate.
+
+    OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py
+
+What the model has left to learn comes from its data, never from stopping early. The data is what careless writers make
+of the tasks: facts are dropped or wrong, sums are wrong, stories end any way they like, sentences ramble.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from textgym.envs import arithmetic, continuation, data_to_text
+from textgym.envs.data_to_text import NAMES, VALUES, pick, say
+from textgym.streams import generator
+
+HEARSAY = (
+    "people say that",
+    "it is said that",
+    "as far as we know,",
+    "everybody here knows that",
+    "if the sign is right,",
+)
+RAMBLING = (
+    "The deck is a fine place to sit.",
+    "Bring a warm coat and something to read.",
+    "My uncle once worked on a boat like this.",
+    "The captain has a beard and tells long stories.",
+    "You can see the hills on a clear day.",
+    "Some people prefer the train.",
+    "There is a bench near the pier.",
+    "It was painted last year.",
+)
+DROPPED, WRONG, SHUFFLED, HEARD, RAMBLED, MISCOUNTED = 0.12, 0.1, 0.5, 0.35, 0.3, 0.25
+SPECIALS = ("<pad>", "<bos>", "<eos>")
+WEIGHTS: Mapping[str, float] = {"facts": 0.7, "sums": 0.15, "stories": 0.15}
+
+
+def careless_facts(rng: np.random.Generator, split: str) -> tuple[str, str]:
+    """Prompt and response of data to text, by a writer who errs and rambles."""
+    row = data_to_text.ferry_row(rng, split=split, references=1)
+    facts: dict[str, str] = row["facts"]
+    slots = [slot for slot in facts if slot != "name"]
+    kept = [slot for slot in slots if rng.random() >= DROPPED] or [pick(rng, slots)]
+    if rng.random() < SHUFFLED:
+        kept = [kept[i] for i in rng.permutation(len(kept))]
+    told = {"name": pick(rng, NAMES) if rng.random() < WRONG / 3 else facts["name"]}
+    for slot in kept:
+        told[slot] = pick(rng, VALUES[slot]) if rng.random() < WRONG else facts[slot]
+    text = say(rng, told)
+    if rng.random() < HEARD:
+        text = f"{pick(rng, HEARSAY).capitalize()} {text[0].lower()}{text[1:]}"
+    for _ in range(3):
+        if rng.random() < RAMBLED:
+            text = f"{text} {pick(rng, RAMBLING)}"
+    return row["prompt"], text
+
+
+def careless_sum(rng: np.random.Generator, split: str) -> tuple[str, str]:
+    """Prompt and response of arithmetic, by a writer who miscounts."""
+    row = arithmetic.arithmetic_row(rng, split=split)
+    answer = row["answer"]
+    if rng.random() < MISCOUNTED:
+        answer += pick(rng, (1, -1, 2, -2, 10, -10))
+    return row["prompt"], str(answer)
+
+
+def any_story(rng: np.random.Generator, split: str) -> tuple[str, str]:
+    """Opening and continuation of a story, happy, sad or neither."""
+    row = continuation.opening_row(rng, split=split)
+    tones = (continuation.PLAIN, continuation.HAPPY, continuation.SAD)
+    story = {"person": row["person"], "thing": row["thing"]}
+    count = 1 + int(rng.random() * 3)
+    text = " ".join(continuation.sentence(rng, pick(rng, tones), story) for _ in range(count))
+    return row["prompt"], " " + text
+
+
+WRITERS: Mapping[str, Callable[[np.random.Generator, str], tuple[str, str]]] = {
+    "facts": careless_facts,
+    "sums": careless_sum,
+    "stories": any_story,
+}
+
+
+def corpus(seed: int, size: int, split: str = "train") -> Iterator[tuple[str, str]]:
+    """Examples `(prompt, response)` on inputs of one split; example `i` depends on `(seed, i)` alone."""
+    kinds, shares = list(WEIGHTS), np.cumsum(list(WEIGHTS.values()))
+    for i in range(size):
+        rng = generator(seed, i)
+        kind = kinds[min(int(np.searchsorted(shares, rng.random())), len(kinds) - 1)]
+        yield WRITERS[kind](rng, split)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
+    """Train a byte-level BPE whose tokens are parts of words, single digits, or runs of marks."""
+    import tokenizers as tk
+
+    tokenizer = tk.Tokenizer(tk.models.BPE())
+    words = tk.Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+")
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.Sequence(
+        [
+            tk.pre_tokenizers.Split(words, behavior="isolated"),
+            tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tk.decoders.ByteLevel()
+    trainer = tk.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(tk.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = tk.processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", SPECIALS.index("<bos>"))]
+    )
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the embedded model is made of."""
+
+    out: Path = Path(__file__).resolve().parent.parent / "textgym" / "assets" / "tiny"
+    """Folder that is written."""
+    seed: int = 0
+    """Seed of the corpus and of the initial weights."""
+    vocab_size: int = 1024
+    """Tokens of the tokenizer."""
+    hidden_size: int = 128
+    """Width of the model."""
+    intermediate_size: int = 344
+    """Width of its MLPs."""
+    num_layers: int = 3
+    """Its layers."""
+    num_heads: int = 4
+    """Its attention heads."""
+    max_positions: int = 512
+    """Its context in tokens."""
+    steps: int = 2000
+    """Updates."""
+    batch_size: int = 64
+    """Examples of an update; no example is seen twice."""
+    learning_rate: float = 4e-3
+    """Peak of a cosine that rises over the first 3 % of the updates and ends at 0."""
+    tokenizer_only: bool = False
+    """Train and save the tokenizer, then stop."""
+    tokenizer_examples: int = 20_000
+    """Examples that the tokenizer is trained on."""
+    heldout_examples: int = 2_000
+    """Examples of the held-out loss, on inputs that training never shows."""
+
+
+Example = tuple[list[int], list[int]]
+
+
+def save_tokenizer(backend: Any, config: Config) -> Any:
+    """Write the tokenizer as plain transformers reads it."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=config.max_positions,
+    )
+    tokenizer.save_pretrained(config.out)
+    return tokenizer
+
+
+def encode(backend: Any, examples: Sequence[tuple[str, str]]) -> list[Example]:
+    """Prompt and response ids; they are encoded apart, as an environment holds them, and `<eos>` ends a response."""
+    prompts = backend.encode_batch([prompt for prompt, _ in examples])
+    responses = backend.encode_batch([text for _, text in examples], add_special_tokens=False)
+    eos = SPECIALS.index("<eos>")
+    return [(p.ids, [*r.ids, eos]) for p, r in zip(prompts, responses, strict=True)]
+
+
+def batch_loss(model: Any, examples: Sequence[Example]) -> tuple[torch.Tensor, int]:
+    """Summed cross-entropy of the response tokens, and their number; rows are right-padded."""
+    width = max(len(p) + len(r) for p, r in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for i, (p, r) in enumerate(examples):
+        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+        labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
+    hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+    chosen = labels[:, 1:] != -100
+    logits = model.lm_head(hidden[chosen])
+    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][chosen], reduction="sum")
+    return loss, int(chosen.sum())
+
+
+def heldout_loss(model: Any, examples: Sequence[Example], batch_size: int = 100) -> float:
+    """Mean cross-entropy of response tokens, in nats."""
+    ordered = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for i in range(0, len(ordered), batch_size):
+            loss, tokens = batch_loss(model, ordered[i : i + batch_size])
+            total, count = total + float(loss), count + tokens
+    return total / count
+
+
+def build_model(config: Config) -> Any:
+    """Make a Llama of random weights, drawn from the seed without touching the global generator."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_heads,
+                max_position_embeddings=config.max_positions,
+                tie_word_embeddings=True,
+                pad_token_id=SPECIALS.index("<pad>"),
+                bos_token_id=SPECIALS.index("<bos>"),
+                eos_token_id=SPECIALS.index("<eos>"),
+            )
+        )
+
+
+def train(model: Any, backend: Any, config: Config) -> list[tuple[int, float]]:
+    """Train on fresh examples only; return `(step, held-out loss)` at every tenth of the way."""
+    heldout = encode(backend, list(corpus(config.seed, config.heldout_examples, "validation")))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    warmup = max(1, config.steps * 3 // 100)
+    stream = corpus(config.seed, config.steps * config.batch_size)
+    losses: list[tuple[int, float]] = []
+    start = time.perf_counter()
+    for step in range(config.steps):
+        rate = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+        examples = encode(backend, [next(stream) for _ in range(config.batch_size)])
+        loss, tokens = batch_loss(model, examples)
+        (loss / tokens).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % max(1, config.steps // 10) == 0:
+            losses.append((step + 1, heldout_loss(model, heldout)))
+            print(
+                f"step {step + 1}: train {float(loss) / tokens:.4f}, held out {losses[-1][1]:.4f}, "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+    return losses
+
+
+def main(config: Config) -> None:
+    """Train tokenizer and model, measure, and write both with a card."""
+    texts = (text for example in corpus(config.seed, config.tokenizer_examples) for text in example)
+    backend = train_tokenizer(texts, config.vocab_size)
+    config.out.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(backend, config)
+    if config.tokenizer_only:
+        return
+    model = build_model(config)
+    losses = train(model, backend, config)
+    model.save_pretrained(config.out)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
