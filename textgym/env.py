@@ -53,6 +53,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
 
     metadata = {"render_modes": ["ansi", "human"], "render_fps": 10}
     make_task: ClassVar[Callable[..., Task]] = Task
+    masks_actions = False  # classes and wrappers whose `action_masks` forbids something say True
 
     def __init__(
         self, task: Task | None = None, *, render_mode: str | None = None, **knobs: Any

@@ -42,6 +42,7 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
     metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 10}
 
     make_task: ClassVar[Callable[..., Task]] = Task
+    masks_actions = False  # classes and wrappers whose `action_masks` forbids something say True
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._seeded = False
-        self._waiting = np.zeros(num_envs, np.bool_)  # ended rows: reset next step, or frozen
+        self._waiting = np.ones(num_envs, np.bool_)  # rows to reset at the next step, or frozen
         self._began = False
 
     def reset(  # type: ignore[override]

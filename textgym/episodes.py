@@ -1,0 +1,158 @@
+"""`Episodes`: what a rollout collected, every sequence stored once.
+
+Memory is O(tokens): sequences are ragged and concatenated, and everything that is learned is a flat array over the M action
+tokens, the tokens that the policy chose. Tokens that the environment wrote are in the sequences and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Whole sequences for one forward, and where their action tokens are.
+
+    Attributes:
+        ids: Long `[B, T]`, right-padded with zeros.
+        lengths: Long `[B]`.
+        row: Long `[M]`, sequence of each action token.
+        col: Long `[M]`, its column; it was drawn from the distribution at column `col - 1`.
+        action_mask: Bool `[M, V]`, allowed actions, or None where all are.
+    """
+
+    ids: torch.Tensor
+    lengths: torch.Tensor
+    row: torch.Tensor
+    col: torch.Tensor
+    action_mask: torch.Tensor | None = None
+
+
+@dataclass
+class Episodes:
+    """B finished episodes with M action tokens in all.
+
+    Attributes:
+        ids: int64 `[S]`, the sequences (prompt and response) one after another.
+        starts: int64 `[B+1]`, where each sequence starts in `ids`.
+        prompt_length: int64 `[B]`.
+        column: int64 `[M]`, column of each action token in its own sequence.
+        offsets: int64 `[B+1]`; episode b owns action tokens `offsets[b]:offsets[b+1]`.
+        logprob: float32 `[M]`, log pi of each action token when it was sampled.
+        value: float32 `[M]`, value of the state in which it was sampled.
+        reward: float64 `[M]`, what the environment paid for it.
+        components: The reward's unweighted parts by name, float64 `[M]`, NaN where a part does not apply.
+        terminated: bool `[B]`.
+        truncated: bool `[B]`.
+        bootstrap_value: float32 `[B]`, value of the final state of truncated episodes, else 0.
+        stop_reason: Why each ended; `"time_limit"` for `max_episode_steps`.
+        texts: Responses as text.
+        prompts: Prompts as text or messages.
+        prompt_row: int64 `[B]`, rows of the prompt table.
+        stream: uint64 `[B]`, identities of the episodes.
+        sample_index: int64 `[B]`, index in the group.
+        group: int64 `[B]`.
+        weight: float64 `[B]`, 1, or 0 for unscored episodes.
+        status: Why an episode is unscored; None where it is scored.
+        traceback: First traceback of a reward that failed, if one did.
+        packed_masks: uint8 `[M, ceil(V/8)]`, allowed actions bit by bit, or None where all are.
+        vocab_size: Number of actions V.
+    """
+
+    ids: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    prompt_length: NDArray[np.int64]
+    column: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    logprob: NDArray[np.float32]
+    value: NDArray[np.float32]
+    reward: NDArray[np.float64]
+    components: dict[str, NDArray[np.float64]]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    bootstrap_value: NDArray[np.float32]
+    stop_reason: list[str]
+    texts: list[str]
+    prompts: list[Any]
+    prompt_row: NDArray[np.int64]
+    stream: NDArray[np.uint64]
+    sample_index: NDArray[np.int64]
+    group: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    status: list[str | None]
+    traceback: str | None
+    packed_masks: NDArray[np.uint8] | None
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.prompt_length)
+
+    @property
+    def num_tokens(self) -> int:
+        """Action tokens M, those of unscored episodes included."""
+        return len(self.column)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Action tokens of each episode, int64 `[B]`."""
+        return np.diff(self.offsets)
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """Sum of each episode's rewards, float64 `[B]`."""
+        return self.per_episode(self.reward)
+
+    @property
+    def token_weight(self) -> NDArray[np.float64]:
+        """Each action token's episode weight, float64 `[M]`."""
+        return np.repeat(self.weight, self.lengths)
+
+    def per_episode(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Sum a per-token array `[M]` over each episode, float64 `[B]`; NaN counts as 0."""
+        total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(np.asarray(values, np.float64)))])
+        sums: NDArray[np.float64] = total[self.offsets[1:]] - total[self.offsets[:-1]]
+        return sums
+
+    def sequence(self, index: int) -> NDArray[np.int64]:
+        """Prompt and response of one episode."""
+        return self.ids[self.starts[index] : self.starts[index + 1]]
+
+    def tokens(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Flat positions `[m]` of the action tokens of some episodes, in the order of `indices`."""
+        spans = [np.arange(self.offsets[b], self.offsets[b + 1]) for b in indices]
+        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+
+    def batch(
+        self, indices: Sequence[int] | NDArray[np.int64], device: Any = "cpu"
+    ) -> SequenceBatch:
+        """Whole sequences of some episodes, ready for `policy.evaluate`.
+
+        Its action tokens are in the order of `tokens(indices)`.
+        """
+        import torch
+
+        lengths = np.array([self.starts[b + 1] - self.starts[b] for b in indices], np.int64)
+        ids = np.zeros((len(lengths), int(lengths.max(initial=1))), np.int64)
+        for k, b in enumerate(indices):
+            ids[k, : lengths[k]] = self.sequence(int(b))
+        tokens = self.tokens(indices)
+        row = np.repeat(np.arange(len(lengths)), [self.lengths[b] for b in indices])
+        mask = None
+        if self.packed_masks is not None:
+            bits = np.unpackbits(self.packed_masks[tokens], axis=1, count=self.vocab_size)
+            mask = torch.from_numpy(bits.astype(np.bool_)).to(device)
+        return SequenceBatch(
+            ids=torch.from_numpy(ids).to(device),
+            lengths=torch.from_numpy(lengths).to(device),
+            row=torch.from_numpy(row).to(device),
+            col=torch.from_numpy(self.column[tokens]).to(device),
+            action_mask=mask,
+        )
