@@ -1,0 +1,84 @@
+"""Small causal language models with random weights, for diagnostics, tests and benchmarks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def random_causal_lm(
+    vocab_size: int,
+    *,
+    hidden_size: int = 64,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int | None = None,
+    intermediate_size: int | None = None,
+    max_positions: int = 128,
+    family: Literal["llama", "gpt2"] = "llama",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Build a Hugging Face causal LM with tied embeddings and random weights.
+
+    Args:
+        vocab_size: V, the number of logits.
+        hidden_size: Width of the residual stream; a multiple of `num_heads`.
+        num_layers: Number of blocks.
+        num_heads: Attention heads.
+        num_kv_heads: Key-value heads (grouped-query attention); default `num_heads`. Llama only.
+        intermediate_size: Width of the feed-forward layer; default 8/3 (Llama) or 4 (GPT-2) times `hidden_size`.
+        max_positions: Longest sequence.
+        family: `"llama"` or `"gpt2"`.
+        seed: Seed of the weights. torch's global generators are left as they were.
+
+    Returns:
+        The model, float32 on the CPU, in eval mode, with no special token ids set.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    if family not in ("llama", "gpt2"):
+        raise ValueError(f'family: expected "llama" or "gpt2", got {family!r}')
+    if hidden_size % num_heads:
+        raise ValueError(
+            f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
+        )
+    no_special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model: PreTrainedModel
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset every GPU as well
+        if family == "llama":
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=vocab_size,
+                    hidden_size=hidden_size,
+                    intermediate_size=intermediate_size or -(-hidden_size * 8 // 3),
+                    num_hidden_layers=num_layers,
+                    num_attention_heads=num_heads,
+                    num_key_value_heads=num_kv_heads or num_heads,
+                    max_position_embeddings=max_positions,
+                    tie_word_embeddings=True,
+                    **no_special_ids,
+                )
+            )
+        else:
+            if num_kv_heads not in (None, num_heads):
+                raise ValueError(
+                    f"GPT-2 has one key-value head a head: leave num_kv_heads out, got {num_kv_heads}"
+                )
+            model = GPT2LMHeadModel(
+                GPT2Config(
+                    vocab_size=vocab_size,
+                    n_embd=hidden_size,
+                    n_inner=intermediate_size,
+                    n_layer=num_layers,
+                    n_head=num_heads,
+                    n_positions=max_positions,
+                    tie_word_embeddings=True,
+                    **no_special_ids,
+                )
+            )
+    return model.eval()

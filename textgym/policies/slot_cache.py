@@ -1,0 +1,400 @@
+"""Slot cache: keys and values of N sequences that grow, reset and are rewritten independently.
+
+Every environment row owns a slot with its own write position. A call names the ids of the rows; what a slot already
+holds is kept, what differs is prefilled, equal sequences are prefilled once and copied. Column and position agree,
+because every sequence starts at column 0.
+
+The bookkeeping is on the host (NumPy), so a decode step on an accelerator waits for nothing but its tokens.
+
+Shapes: n rows of a call, L columns, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Ints = NDArray[np.int64]
+PREFILL_TOKENS = 32_768  # the most padded tokens in one prefill forward; bounds its memory
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where one forward writes and what it attends to.
+
+    `slots` [n] are written at the columns `pos` [n, m]. The keys read are those of the forward itself when `fresh`
+    (nothing came before), else the first `kv` columns of the slots; `start` is set when the slots are a range, so that
+    reading needs no copy, and `column` when all rows write the same single column.
+    """
+
+    slots: Tensor
+    pos: Tensor
+    kv: int
+    fresh: bool = False
+    start: int | None = None
+    column: int | None = None
+
+
+class _SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [slots, heads, columns, head size]."""
+
+    is_sliding = False
+
+    def __init__(self, store: SlotStore) -> None:
+        super().__init__()
+        self.store = store
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._empty(key_states), self._empty(value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def _empty(self, like: Tensor) -> Tensor:
+        # Zeros, never uninitialised memory: a masked column has weight 0, and 0 * NaN would be NaN.
+        store = self.store
+        return like.new_zeros(store.num_slots, like.shape[1], store.num_columns, like.shape[3])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        return self._write_read(self.keys, key_states), self._write_read(self.values, value_states)
+
+    def _write_read(self, held: Tensor, new: Tensor) -> Tensor:
+        plan = self.store.plan
+        n = new.shape[0]
+        if plan.column is not None and plan.start is not None:
+            held[plan.start : plan.start + n, :, plan.column] = new[:, :, 0]
+        else:
+            held[plan.slots[:, None], :, plan.pos] = new.transpose(1, 2)
+        if plan.fresh:
+            return new
+        if plan.start is not None:
+            return held[plan.start : plan.start + n, :, : plan.kv]
+        return held[plan.slots, :, : plan.kv]
+
+    def resize(self) -> None:
+        """Give the layer the store's present size, keeping what it holds."""
+        if self.keys is None or self.values is None:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = self._empty(old)
+            new[: old.shape[0], :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def drop(self) -> None:
+        """Free the memory."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.store.plan.kv, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.store.num_columns
+
+
+class SlotStore(Cache):
+    """The tensors of the slot cache, in the form in which transformers models take a cache."""
+
+    plan: _Plan
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_slots = 0
+        self.num_columns = 0
+        self.slot_layers = [_SlotLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self.slot_layers))
+
+    def grow(self, num_slots: int, num_columns: int) -> None:
+        """Make room for at least this many slots and columns."""
+        if num_slots > self.num_slots or num_columns > self.num_columns:
+            self.num_slots = max(num_slots, self.num_slots)
+            self.num_columns = max(num_columns, self.num_columns)
+            for layer in self.slot_layers:
+                layer.resize()
+
+    def copy(self, target: Ints, source: Ints, columns: int) -> None:
+        """Copy the first columns of the source slots into the target slots (which may overlap: read before written)."""
+        for layer in self.slot_layers:
+            for held in (layer.keys, layer.values):
+                if held is not None:
+                    to = torch.as_tensor(target, device=held.device)
+                    of = torch.as_tensor(source, device=held.device)
+                    held[to, :, :columns] = held[of, :, :columns]
+
+    def drop(self) -> None:
+        """Free the memory of all layers."""
+        for layer in self.slot_layers:
+            layer.drop()
+
+
+class SlotDecoder:
+    """Incremental forward of a causal LM over slots.
+
+    `hidden(ids, length)` equals the full forward of every row, read at its last token.
+
+    Args:
+        base: The model without its head: called with `input_ids`, `attention_mask` (4-D or None), `position_ids` and
+            `past_key_values`, it returns `last_hidden_state`.
+        num_layers: Number of layers that hold keys and values.
+        float_mask: Whether the attention adds its mask (eager) instead of taking a boolean one (sdpa).
+    """
+
+    def __init__(self, base: PreTrainedModel, num_layers: int, *, float_mask: bool) -> None:
+        self.base = base
+        self.float_mask = float_mask
+        self.store = SlotStore(num_layers)
+        self.tokens: Ints = np.zeros(
+            (0, 0), np.int64
+        )  # ids that row r holds, in the first `held[r]` columns
+        self.held: Ints = np.zeros(0, np.int64)
+        self.slot: Ints = np.zeros(0, np.int64)  # the slot of row r
+        self._last_rows: Ints | None = None
+        self.prefilled_rows = 0
+        self.prefilled_tokens = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.base.parameters()).device
+
+    def clear(self) -> None:
+        """Forget everything (the weights have changed) and free the memory until the next call."""
+        self.held[:] = 0
+        self.store.drop()
+
+    def hidden(self, ids: Ints, length: Ints, rows: Ints | None = None) -> Tensor:
+        """Hidden state of each row's last token, computing only what the slots do not hold.
+
+        Args:
+            ids: [n, L], right-padded; what the padding holds does not matter.
+            length: [n], at least 1.
+            rows: [n], the slot that each row uses, all different; None means 0 to n - 1.
+
+        Returns:
+            [n, D] in the model's dtype.
+        """
+        n, columns = ids.shape
+        rows = np.arange(n) if rows is None else rows
+        self._grow(int(rows.max()) + 1, columns)
+        longest = int(length.max())
+        differs = ids[:, :longest] != self.tokens[rows, :longest]
+        differs &= np.arange(longest) < self.held[rows, None]
+        keep = np.where(differs.any(1), differs.argmax(1), self.held[rows])
+        keep = np.minimum(keep, length - 1)
+        missing = length - 1 - keep
+        with self._all_or_nothing():
+            if missing.any() and not keep.any():
+                hidden = self._prefill_all(ids, length, rows)
+            else:
+                if missing.any():
+                    self._prefill_missing(ids, keep, missing, rows)
+                last = torch.from_numpy(ids[np.arange(n), length - 1]).to(self.device)
+                hidden = self._decode(last, length - 1, rows)
+        self.tokens[rows, :columns] = ids
+        self.held[rows] = length
+        return hidden
+
+    def append(self, tokens: Tensor, rows: Ints) -> Tensor:
+        """Append one token to each row without looking at it on the host; the loop of `generate`.
+
+        Args:
+            tokens: int64 [n] on the model's device.
+            rows: [n].
+
+        Returns:
+            Hidden state of the appended tokens, [n, D]. Until `note` says what they were, no ids match them.
+        """
+        pos = self.held[rows]
+        self._grow(int(rows.max()) + 1, int(pos.max()) + 1)
+        with self._all_or_nothing():
+            hidden = self._decode(tokens, pos, rows)
+        self.tokens[rows, pos] = -1
+        self.held[rows] = pos + 1
+        return hidden
+
+    def note(self, rows: Ints, columns: Ints, tokens: Ints) -> None:
+        """Tell which ids `append` wrote at the columns of the rows."""
+        self.tokens[rows, columns] = tokens
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Forget everything when a forward is interrupted (Ctrl-C, no memory) with the slots half written."""
+        try:
+            yield
+        except BaseException:
+            self.clear()
+            raise
+
+    def _grow(self, num_rows: int, columns: int) -> None:
+        old_rows, old_columns = self.tokens.shape
+        if num_rows > old_rows or columns > old_columns:
+            shape = (max(num_rows, old_rows), max(columns, old_columns))
+            tokens = np.full(shape, -1, np.int64)
+            tokens[:old_rows, :old_columns] = self.tokens
+            held = np.zeros(shape[0], np.int64)
+            held[:old_rows] = self.held
+            slot = np.arange(shape[0])
+            slot[:old_rows] = self.slot
+            self.tokens, self.held, self.slot = tokens, held, slot
+            # One spare column takes what the padding of a ragged prefill writes.
+            self.store.grow(shape[0], shape[1] + 1)
+
+    def _forward(self, tokens: Tensor, plan: _Plan) -> Tensor:
+        self.store.plan = plan
+        mask: Tensor | None = None
+        if self.float_mask or not (plan.fresh or plan.column is not None):
+            mask = torch.arange(plan.kv, device=tokens.device) <= plan.pos[:, None, :, None]
+            if self.float_mask:
+                lowest = torch.finfo(self.base.dtype).min
+                mask = torch.where(mask, 0.0, lowest).to(self.base.dtype)
+        position_ids = plan.pos.clamp(max=self.store.num_columns - 2)
+        out = self.base(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.store,
+            use_cache=True,
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def _decode(self, tokens: Tensor, pos: Ints, rows: Ints) -> Tensor:
+        """Forward one token a row, at column `pos` [n]; all earlier columns are held."""
+        start, order = self._place(rows, int(pos.max()))
+        if order is not None:
+            on_device = torch.from_numpy(order).to(tokens.device)
+            tokens, pos, rows = tokens[on_device], pos[order], rows[order]
+        first, kv = int(pos[0]), int(pos.max()) + 1
+        plan = _Plan(
+            slots=torch.from_numpy(self.slot[rows]).to(tokens.device),
+            pos=torch.from_numpy(pos[:, None]).to(tokens.device),
+            kv=kv,
+            start=start,
+            column=first if start is not None and bool((pos == first).all()) else None,
+        )
+        hidden = self._forward(tokens[:, None], plan)[:, 0]
+        if order is not None:
+            hidden = torch.empty_like(hidden).index_copy_(0, on_device, hidden)
+        return hidden
+
+    def _place(self, rows: Ints, columns: int) -> tuple[int | None, Ints | None]:
+        """Find or make a range of slots for the rows, so that attention reads a view instead of a copy.
+
+        Rows that finish leave holes. Filling a hole moves one slot once, while reading around it copies every slot at
+        every step; but callers may also alternate between groups of rows, and then moving would never end. So slots
+        move only when few have to, or when the same rows come a second time.
+
+        Returns:
+            The start of the range (None: no range) and the order in which the rows fill it (None: as they are).
+        """
+        slots = self.slot[rows]
+        n, low = len(rows), int(slots.min())
+        if int(slots.max()) + 1 - low != n:
+            holes = np.setdiff1d(np.arange(n), slots)
+            again = self._last_rows is not None and np.array_equal(rows, self._last_rows)
+            self._last_rows = rows.copy()
+            if 3 * len(holes) > n and not again:
+                return None, None
+            movers = rows[slots >= n]
+            evicted = np.flatnonzero(np.isin(self.slot, holes))
+            evicted = evicted[np.argsort(self.slot[evicted])]
+            here, there = self.slot[evicted].copy(), self.slot[movers].copy()
+            both, swapped = np.concatenate([here, there]), np.concatenate([there, here])
+            width = max(columns, int(self.held[evicted].max()), int(self.held[movers].max()))
+            self.store.copy(both, swapped, width)
+            self.slot[evicted], self.slot[movers] = there, here
+            slots, low = self.slot[rows], 0
+        if (slots == np.arange(low, low + n)).all():
+            return low, None
+        return low, np.argsort(slots)
+
+    def _prefill_all(self, ids: Ints, length: Ints, rows: Ints) -> Tensor:
+        """Compute whole sequences, equal ones once; returns the hidden state of each row's last token."""
+        groups: dict[bytes, list[int]] = {}
+        for i, stop in enumerate(length):
+            groups.setdefault(ids[i, :stop].tobytes(), []).append(i)
+        leaders = np.array([members[0] for members in groups.values()])
+        hidden: Tensor | None = None
+        for part in _batches(length[leaders]):
+            some = leaders[part]
+            out = self._prefill(ids, np.zeros(len(some), np.int64), length[some], some, rows)
+            last = torch.from_numpy(length[some] - 1).to(out.device)
+            out = out[torch.arange(len(some), device=out.device), last]
+            if hidden is None:
+                hidden = out.new_empty(len(rows), out.shape[-1])
+            hidden[torch.from_numpy(some).to(out.device)] = out
+        assert hidden is not None
+        followers = [(i, members[0]) for members in groups.values() for i in members[1:]]
+        if followers:
+            to, of = np.array(followers).T
+            self.store.copy(self.slot[rows[to]], self.slot[rows[of]], int(length[of].max()))
+            hidden[torch.from_numpy(to).to(hidden.device)] = hidden[
+                torch.from_numpy(of).to(hidden.device)
+            ]
+        return hidden
+
+    def _prefill_missing(self, ids: Ints, keep: Ints, missing: Ints, rows: Ints) -> None:
+        """Compute what lies between the kept prefix and the last token of each row."""
+        fresh = np.flatnonzero((missing > 0) & (keep == 0))
+        if len(fresh):
+            # All but the last token, as sequences of their own.
+            self._prefill_all(ids[fresh], missing[fresh], rows[fresh])
+        partial = np.flatnonzero((missing > 0) & (keep > 0))
+        for part in _batches(missing[partial]):
+            some = partial[part]
+            self._prefill(ids, keep[some], missing[some], some, rows)
+
+    def _prefill(self, ids: Ints, keep: Ints, count: Ints, some: Ints, rows: Ints) -> Tensor:
+        """Forward `count` [k] tokens after the `keep` [k] held ones, for rows `some` of the call: [k, max count, D]."""
+        width = int(count.max())
+        self.prefilled_rows += len(some)
+        self.prefilled_tokens += int(count.sum())
+        offset = np.arange(width)
+        pos = keep[:, None] + offset
+        real = offset < count[:, None]
+        columns = np.where(real, pos, 0)
+        tokens = np.where(real, ids[some[:, None], columns], 0)
+        # Padding writes beyond the row's own columns, where nothing is held yet, and at most to the spare column.
+        pos = np.where(real, pos, np.minimum(pos, self.store.num_columns - 1))
+        plan = _Plan(
+            slots=torch.from_numpy(self.slot[rows[some]]).to(self.device),
+            pos=torch.from_numpy(pos).to(self.device),
+            kv=int((keep + count).max()) if keep.any() else width,
+            fresh=not keep.any(),
+        )
+        return self._forward(torch.from_numpy(tokens).to(self.device), plan)
+
+
+def _batches(count: Ints) -> list[Ints]:
+    """Split sequences into prefill forwards with little padding: indices, the longest first.
+
+    A forward holds sequences at least a quarter as long as its longest one, up to `PREFILL_TOKENS` padded tokens.
+    """
+    batches: list[Ints] = []
+    order = np.argsort(-count, kind="stable")
+    begin = 0
+    while begin < len(order):
+        longest = int(count[order[begin]])
+        limit = begin + max(1, PREFILL_TOKENS // longest)
+        end = begin + int(np.count_nonzero(count[order[begin:limit]] * 4 >= longest))
+        batches.append(order[begin:end])
+        begin = end
+    return batches
