@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from textgym.agents.sft import SFT as SFT
     from textgym.agents.sft import SFTConfig as SFTConfig
 
-_WHERE = {
+WHERE = {  # name -> module
     "PPO": "ppo",
     "PPOConfig": "ppo",
     "REINFORCE": "reinforce",
@@ -30,6 +30,6 @@ __all__ = ["PPO", "REINFORCE", "SFT", "PPOConfig", "REINFORCEConfig", "SFTConfig
 
 def __getattr__(name: str) -> Any:
     """Import an agent when it is first used."""
-    if name in _WHERE:
-        return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    if name in WHERE:
+        return getattr(import_module(f"{__name__}.{WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -42,13 +42,20 @@ class Entry:
 ENVIRONMENTS: tuple[Entry, ...] = (
     Entry("TextGen-v0", "generic", "Generic", "your own prompts, tokenizer and reward"),
     Entry("textgym/DataToText-v0", "data_to_text", "DataToText", "facts in, sentence out"),
-    Entry("textgym/Arithmetic-v0", "arithmetic", "Arithmetic", "sums checked by a verifier"),
-    Entry("textgym/Continuation-v0", "continuation", "Continuation", "continue a story's opening"),
-    Entry("textgym/Bandit-v0", "bandit", "Bandit", "diagnostic: one token of 64"),
-    Entry("textgym/Echo-v0", "echo", "Echo", "diagnostic: credit across prompt and response"),
-    Entry("textgym/StopEarly-v0", "stop_early", "StopEarly", "diagnostic: ending is the action"),
-    Entry("textgym/Chain-v0", "chain", "Chain", "diagnostic: sparse outcome, dense potential"),
-    Entry("textgym/HighLow-v0", "high_low", "HighLow", "diagnostic: several turns"),
+    Entry("textgym/Arithmetic-v0", "arithmetic", "Arithmetic", "sums, checked by a verifier"),
+    Entry("textgym/Continuation-v0", "continuation", "Continuation", "continue a story"),
+    # Diagnostics: each is aimed at one class of bug. The numbers are those of the default arguments.
+    Entry(
+        "textgym/Bandit-v0", "bandit", "Bandit", "signs: one token of 64 is right", "1", "0.0156"
+    ),
+    Entry("textgym/Echo-v0", "echo", "Echo", "credit across prompt and response", "1", "0.0625"),
+    Entry(
+        "textgym/StopEarly-v0", "stop_early", "StopEarly", "ends: stopping is right", "1", "0.2967"
+    ),
+    Entry("textgym/Chain-v0", "chain", "Chain", "a rare outcome, paid at the end", "1", "0.00098"),
+    Entry(
+        "textgym/HighLow-v0", "high_low", "HighLow", "turns: the environment answers", "1", "0.271"
+    ),
 )
 
 

@@ -1,0 +1,1 @@
+"""What the `textgym` command runs: one command a module, `run(arguments) -> exit status`."""

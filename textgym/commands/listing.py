@@ -1,0 +1,73 @@
+"""`textgym list`: what there is, read without importing torch."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import textgym.agents
+from textgym.registry import ENVIRONMENTS
+from textgym.rewards import registry
+
+
+@dataclass(frozen=True)
+class ListArgs:
+    """List environments, rewards and agents."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the three tables."""
+    tyro.cli(ListArgs, args=arguments, prog="textgym list")
+    console = Console()
+    console.print(environments())
+    console.print(rewards())
+    console.print(agents())
+    return 0
+
+
+def environments() -> Table:
+    """Ids, what each is for, the best return and that of a uniform random policy."""
+    table = Table("environment", "for", "optimum", "random", title="Environments", **_STYLE)
+    for entry in ENVIRONMENTS:
+        table.add_row(entry.id, entry.purpose, entry.optimum, entry.random)
+    return table
+
+
+def rewards() -> Table:
+    """Names that `--reward` knows."""
+    table = Table("reward", "what", title="Rewards (--reward)", **_STYLE)
+    for name, purpose in registry.purposes().items():
+        table.add_row(name, purpose)
+    return table
+
+
+def agents() -> Table:
+    """Names that `--agent` knows, and the first line of their files."""
+    table = Table("agent", "what", title="Agents (--agent)", **_STYLE)
+    for name in agent_modules():
+        table.add_row(name, purpose_of(f"textgym.agents.{name}"))
+    return table
+
+
+def agent_modules() -> list[str]:
+    """Modules of `textgym.agents` that hold an agent."""
+    return sorted(set(textgym.agents.WHERE.values()))
+
+
+def purpose_of(module: str) -> str:
+    """First line of a module's docstring, read without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return text.split("\n", 1)[0]
+
+
+_STYLE = {"box": None, "title_justify": "left", "title_style": "bold", "pad_edge": False}
