@@ -1,0 +1,300 @@
+"""The reward protocol: what a reward returns, and what happens when it fails.
+
+A `Reward` gives a value to a text; `textgym.rewards.schedules` says when the value is paid. Rewards
+are shared: they deep-copy as themselves and pickle by recipe (arguments, never caches or weights).
+
+A failure is never a score that can be sought:
+
+- *the text's fault* (`TextFailure`): the worst value of the reward, `low`, or `high` where the
+  reward counts negatively;
+- *the fault of a service or of the code* (an exception, None where a value is due, NaN, infinity, a
+  wrong type, a wrong number of values): tried once more; then the text has no value, and a status
+  says why.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from textgym.rewards.batch import TextBatch
+from textgym.rewards.errors import RewardError, TextFailure, describe, trace
+
+FloatArray = NDArray[np.float64]
+
+NO_VALUE = "none"
+TEXT_FAULT = "text: "
+
+
+class Cursor(Protocol):
+    """The value of a text that grows, kept up to date piece by piece."""
+
+    def push(self, piece: str) -> float:
+        """Append `piece` and give the value of the text so far."""
+
+    def copy(self) -> Cursor:
+        """Give an independent copy."""
+
+
+@dataclass
+class Scores:
+    """The outcome of scoring `n` texts.
+
+    Attributes:
+        values: float64 `[n]`; NaN where there is no value.
+        status: None where the value is good; `"none"` where the reward gave none; `"text: ..."`
+            where the text is at fault and the value is the worst one; else what failed.
+        traceback: The first traceback, or a sentence if nothing was raised; None if all is good.
+    """
+
+    values: FloatArray
+    status: list[str | None]
+    traceback: str | None = None
+
+    def failed(self, *, optional: bool) -> list[int]:
+        """List the texts that failed; with `optional`, giving no value is not a failure."""
+        return [
+            i
+            for i, status in enumerate(self.status)
+            if status is not None
+            and not status.startswith(TEXT_FAULT)
+            and not (optional and status == NO_VALUE)
+        ]
+
+
+class Reward:
+    """Gives a value to each text of a batch.
+
+    Subclasses implement `score` and may implement `check` and `begin`. The bounds are finite and
+    clip nothing: `low` is what a text gets that is itself at fault for a failure.
+
+    Attributes:
+        name: The name of the component in `info["reward"]` and in logs.
+        low: The worst value.
+        high: The best value.
+        cheap: Scoring a whole text costs so little that a dense schedule needs no cursor.
+        reads_only: `score` changes nothing in its batch, so it is not given a copy.
+    """
+
+    name: str = "reward"
+    low: float = 0.0
+    high: float = 1.0
+    cheap: ClassVar[bool] = False
+    reads_only: ClassVar[bool] = False
+    # Attributes that are left out of pickles and made anew where they are needed.
+    transient: ClassVar[tuple[str, ...]] = ()
+    # A NumPy scalar on the left leaves the operation to __rmul__ and __radd__.
+    __array_ufunc__ = None
+
+    def score(self, batch: TextBatch) -> Sequence[Any] | FloatArray:
+        """Give for each text a number, None for no value, or the exception that befell it."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement score(batch)")
+
+    def check(self, columns: Collection[str]) -> None:
+        """Check that the prompt table has the columns that this reward reads.
+
+        Raises:
+            RewardColumnError: If one is missing; the message suggests the nearest.
+        """
+
+    def begin(self, row: Mapping[str, Any]) -> Cursor | None:
+        """Begin a cursor at the empty response to a prompt row; None if the reward has none."""
+        return None
+
+    def parts(self) -> tuple[tuple[float, Reward], ...]:
+        """Split into (weight, reward) pairs, reported one by one, whose sum is this reward."""
+        return ((1.0, self),)
+
+    def named(self, name: str) -> Self:
+        """Give the same reward under another name; a sum that is named is one component."""
+        if not name:
+            raise ValueError("a reward's name must not be empty")
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, name=name)
+        return twin
+
+    def evaluate(self, batch: TextBatch, *, optional: bool = False, strict: bool = False) -> Scores:
+        """Score a batch; failures become statuses after one retry of the texts that failed.
+
+        Args:
+            batch: The texts.
+            optional: No value means "does not apply" and is not a failure.
+            strict: Raise the first failure at once.
+
+        Raises:
+            RewardError: If `strict` and a text could not be scored.
+        """
+
+        def attempt(rows: Sequence[int]) -> Scores:
+            part = batch if len(rows) == len(batch) else batch.take(rows)
+            try:
+                returned = self.score(part if self.reads_only else part.private())
+                items = as_items(returned, len(part))
+            except Exception as error:
+                n = len(part)
+                return Scores(np.full(n, np.nan), [describe(error)] * n, trace(error))
+            return self.read(items, part.texts)
+
+        return with_retry(attempt, len(batch), self.name, optional=optional, strict=strict)
+
+    def read(self, items: Sequence[Any], texts: Sequence[str]) -> Scores:
+        """Read what `score` or cursors gave for `n` texts, item by item."""
+        scores = Scores(np.full(len(items), np.nan), [None] * len(items))
+        for i, item in enumerate(items):
+            status: str | None
+            if isinstance(item, TextFailure):
+                scores.values[i], status = self.low, f"{TEXT_FAULT}{item}"
+            elif isinstance(item, BaseException):
+                status = describe(item)
+            else:
+                scores.values[i], status = as_number(item)
+            if status is not None and scores.traceback is None:
+                scores.traceback = (
+                    trace(item)
+                    if isinstance(item, BaseException)
+                    else f"Reward {self.name!r} returned {item!r:.200} for the text "
+                    f"{texts[i]!r:.200}: expected a finite number."
+                )
+            scores.status[i] = status
+        return scores
+
+    def __add__(self, other: Any) -> Reward:
+        from textgym.rewards.compose import add
+
+        return add(self, other)
+
+    def __radd__(self, other: Any) -> Reward:
+        from textgym.rewards.compose import add
+
+        return add(self, other, reverse=True)
+
+    def __neg__(self) -> Reward:
+        from textgym.rewards.compose import multiply
+
+        return multiply(self, -1.0)
+
+    def __sub__(self, other: Any) -> Reward:
+        from textgym.rewards.compose import add
+
+        return add(self, other, sign=-1.0)
+
+    def __rsub__(self, other: Any) -> Reward:
+        return (-self).__radd__(other)
+
+    def __mul__(self, other: Any) -> Reward:
+        from textgym.rewards.compose import multiply
+
+        return multiply(self, other)
+
+    def __rmul__(self, other: Any) -> Reward:
+        from textgym.rewards.compose import multiply
+
+        return multiply(self, other, reverse=True)
+
+    def __truediv__(self, other: Any) -> Reward:
+        return self * (1.0 / other) if is_number(other) else NotImplemented
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in self.transient}
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} in [{self.low:g}, {self.high:g}]>"
+
+
+def with_retry(
+    attempt: Callable[[Sequence[int]], Scores], n: int, name: str, *, optional: bool, strict: bool
+) -> Scores:
+    """Score `n` texts, and those that failed once more.
+
+    Args:
+        attempt: Scores the texts of the given indices.
+        n: How many texts there are.
+        name: The reward, for the error.
+        optional: No value means "does not apply" and is not a failure.
+        strict: Raise the first failure at once.
+
+    Raises:
+        RewardError: If `strict` and a text could not be scored.
+    """
+    scores = attempt(range(n))
+    failed = scores.failed(optional=optional)
+    if not failed:
+        return scores
+    if strict:
+        raise strict_error(name, scores.status[failed[0]], scores.traceback)
+    again = attempt(failed)
+    scores.values[failed] = again.values
+    for i, status in zip(failed, again.status, strict=True):
+        scores.status[i] = status
+    return scores
+
+
+def strict_error(name: str, status: str | None, traceback: str | None) -> RewardError:
+    """Make the error that `strict=True` raises for a failed reward."""
+    return RewardError(
+        f"reward {name!r} failed ({status}), and strict=True raises failures.\n{traceback or ''}"
+    )
+
+
+def check_bounds(low: float, high: float) -> tuple[float, float]:
+    """Give the bounds of a reward as finite floats in order.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    low, high = float(low), float(high)
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"a reward's bounds must be finite with low <= high, got [{low}, {high}]")
+    return low, high
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a real number: Python's, or a NumPy scalar."""
+    return isinstance(value, numbers.Real | np.bool_)
+
+
+def as_number(item: Any) -> tuple[float, str | None]:
+    """Read one returned value as (float, status)."""
+    if item is None:
+        return math.nan, NO_VALUE
+    if not is_number(item):
+        if getattr(item, "ndim", None) == 0 and callable(getattr(item, "item", None)):
+            return as_number(item.item())
+        return math.nan, f"type: {type(item).__name__}"
+    try:
+        value = float(item)
+    except OverflowError:
+        value = math.inf
+    if math.isfinite(value):
+        return value, None
+    return math.nan, "nan" if math.isnan(value) else "inf"
+
+
+def as_items(returned: Any, n: int) -> list[Any]:
+    """Read what a batch reward returned as a list of `n` items.
+
+    Raises:
+        TypeError: If it is not a list, a tuple or an array.
+        ValueError: If its length is not `n`.
+    """
+    if isinstance(returned, list | tuple):
+        items = list(returned)
+    elif callable(getattr(returned, "tolist", None)) and getattr(returned, "ndim", 1) > 0:
+        items = returned.tolist()
+    else:
+        raise TypeError(
+            f"a reward over a batch must return a list of {n} values, one per text, "
+            f"got {type(returned).__name__}: {returned!r:.200}"
+        )
+    if len(items) != n:
+        raise ValueError(f"a reward returned {len(items)} values for {n} texts")
+    return items
