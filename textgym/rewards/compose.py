@@ -23,7 +23,7 @@ def add(left: Reward, right: Any, *, sign: float = 1.0, reverse: bool = False) -
         )
     other = _operand(right)
     if other is None:
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]
     terms = [*left.parts(), *((sign * weight, part) for weight, part in other.parts())]
     if reverse:
         terms = [*other.parts(), *left.parts()]
@@ -36,7 +36,7 @@ def multiply(left: Reward, right: Any, *, reverse: bool = False) -> Reward:
         return Sum([(float(right) * weight, part) for weight, part in left.parts()])
     other = _operand(right)
     if other is None:
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]
     factors = (other, left) if reverse else (left, other)
     # Numbers are taken out of the product, so that the component is reported without its weight.
     weight, bare = 1.0, []

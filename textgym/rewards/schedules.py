@@ -309,7 +309,7 @@ def _add(left: Schedule, right: Any, sign: float, *, reverse: bool = False) -> S
     if is_number(right) and right == 0:  # what sum() starts from
         return left
     if not isinstance(right, Schedule | Reward) and not callable(right):
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]
     other = as_schedule(right)
     mine, theirs = left._terms(), [(sign * weight, payer) for weight, payer in other._terms()]
     return Schedule(theirs + mine if reverse else mine + theirs, strict=left.strict or other.strict)
