@@ -21,7 +21,7 @@ from textgym.rewards.references import references_of
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
 
-CACHED_PROMPTS = 4096
+CACHED_PROMPTS = 1024
 ORDER = 4
 
 Gram = tuple[str, ...]

@@ -21,7 +21,7 @@ from textgym.rewards.references import references_of
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
 
-CACHED_PROMPTS = 4096
+CACHED_PROMPTS = 1024
 CACHED_TEXTS = 16384
 
 Gram = tuple[str, ...]
