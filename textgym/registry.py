@@ -44,7 +44,7 @@ ENVIRONMENTS: tuple[Entry, ...] = (
     Entry("textgym/DataToText-v0", "data_to_text", "DataToText", "facts in, sentence out"),
     Entry("textgym/Arithmetic-v0", "arithmetic", "Arithmetic", "sums, checked by a verifier"),
     Entry("textgym/Continuation-v0", "continuation", "Continuation", "continue a story"),
-    # Diagnostics: each is aimed at one class of bug. The numbers are those of the default arguments.
+    # Diagnostics: each is aimed at one class of bug. Numbers are for the default arguments.
     Entry(
         "textgym/Bandit-v0", "bandit", "Bandit", "signs: one token of 64 is right", "1", "0.0156"
     ),

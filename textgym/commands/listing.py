@@ -14,7 +14,7 @@ from rich.table import Table
 
 import textgym.agents
 from textgym.registry import ENVIRONMENTS
-from textgym.rewards import registry
+from textgym.rewards import REWARDS, make_reward
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def environments() -> Table:
 def rewards() -> Table:
     """Names that `--reward` knows."""
     table = Table("reward", "what", title="Rewards (--reward)", **_STYLE)
-    for name, purpose in registry.purposes().items():
-        table.add_row(name, purpose)
+    for name in REWARDS:
+        table.add_row(name, (make_reward(name).__doc__ or "").split("\n", 1)[0])
     return table
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +14,7 @@ import tyro
 from textgym.commands.errors import UsageError
 from textgym.prompts import Prompts
 from textgym.registry import ENVIRONMENTS
-from textgym.rewards import as_reward, dense, terminal
+from textgym.rewards import Reward, Schedule, parse_reward
 
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
@@ -44,7 +44,7 @@ class TaskArgs:
     split_seed: int = 0
     """Key of that split."""
     reward: str | None = None
-    """For example "bleu", "0.5*bleu + 0.5*rougeL", "dense(bleu)" or "my_module:my_function"."""
+    """For example "bleu", "0.5*bleu + 0.5*rougeL" or "my_module:my_function"."""
     max_new_tokens: int | None = None
     """Budget of a response; default is the environment's."""
     max_prompt_tokens: int | None = None
@@ -55,72 +55,18 @@ class TaskArgs:
     """A stop string; may be given several times."""
 
 
-def parse_reward(text: str) -> Any:
-    """Build a reward or a schedule from what a person writes on the command line.
-
-    Args:
-        text: Names, numbers, `+`, `-`, `*`, parentheses, `dense(...)` and `terminal(...)`; or
-            `module:function` for one of your own.
+def reward_of(expression: str) -> Reward | Schedule:
+    """Read `--reward`; `module:object` is also looked for in the working directory.
 
     Raises:
-        UsageError: The text is none of this.
+        ValueError: The expression cannot be read, or names what does not exist.
     """
-    module, colon, name = text.partition(":")
-    if colon:
-        return _imported(module.strip(), name.strip())
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # where `python -m` looks, and a console script does not
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as error:
-        raise UsageError(f"--reward {text!r} is no formula: {error.msg}") from error
-    value = _built(tree, text)
-    if isinstance(value, int | float):
-        raise UsageError(f"--reward {text!r} names no reward; `textgym list` shows the names")
-    return value
-
-
-def _built(node: ast.expr, text: str) -> Any:
-    match node:
-        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            return number
-        case ast.Name(id=name):
-            try:
-                return as_reward(name)
-            except (ValueError, LookupError) as error:
-                raise UsageError(f"--reward {text!r}: {error}") from error
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -1 * _built(operand, text)
-        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() | ast.Mult() as op, right=right):
-            a, b = _built(left, text), _built(right, text)
-            try:
-                return (
-                    a + b
-                    if isinstance(op, ast.Add)
-                    else a - b
-                    if isinstance(op, ast.Sub)
-                    else a * b
-                )
-            except TypeError as error:
-                raise UsageError(f"--reward {text!r}: {error}") from error
-        case ast.Call(func=ast.Name(id="dense" | "terminal" as when), args=[inner], keywords=[]):
-            reward = _built(inner, text)
-            return dense(reward) if when == "dense" else terminal(reward)
-    raise UsageError(
-        f"--reward {text!r}: cannot read {ast.unparse(node)!r}; expected names, numbers, +, -, *, "
-        "dense(...), terminal(...), or module:function"
-    )
-
-
-def _imported(module: str, name: str) -> Any:
-    import importlib
-    import sys
-
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--reward {module}:{name} cannot be imported: {error}") from error
+        return parse_reward(expression)
     finally:
-        sys.path.remove(str(Path.cwd()))
+        sys.path.remove(here)
 
 
 def load_prompts(args: TaskArgs) -> tuple[Prompts, Prompts] | None:
@@ -175,7 +121,7 @@ class TaskMaker:
             raise UsageError(f"--env-args must be a JSON object, got {args.env_args!r}")
         self.tables = load_prompts(args)
         given = {
-            "reward": None if args.reward is None else parse_reward(args.reward),
+            "reward": None if args.reward is None else reward_of(args.reward),
             "max_new_tokens": args.max_new_tokens,
             "max_prompt_tokens": args.max_prompt_tokens,
             "truncate_prompt": args.truncate_prompt,
