@@ -37,7 +37,8 @@ def generic_task(
         prompts = Prompts.load(prompts)
         if "references" not in prompts.columns:
             raise ValueError(
-                "prompts without references need a reward: pass reward=<any callable, e.g. lambda text: ...> "
+                "prompts without references need a reward: pass reward=<any callable, e.g. lambda "
+                "text: ...> "
                 f"(columns: {list(prompts.columns)})"
             )
         reward = "bleu"
@@ -58,13 +59,15 @@ class GenericEnv(TextGenEnv):
     """`TextGen-v0`: write a response to your own prompts for your own reward.
 
     ## Description
-    An episode is one response to one prompt of your table. Without arguments it is `textgym/DataToText-v0`.
+    An episode is one response to one prompt of your table. Without arguments it is
+    `textgym/DataToText-v0`.
 
     ## Observation Space, Action Space, Rewards, Episode End, Information
     Those of `textgym.env.TextGenEnv`.
 
     ## Arguments
-    Those of `generic_task`: `gym.make("TextGen-v0", prompts=[{"prompt": "Say hi:"}], reward=lambda text: "hi" in text)`.
+    Those of `generic_task`: `gym.make("TextGen-v0", prompts=[{"prompt": "Say hi:"}], reward=lambda
+    text: "hi" in text)`.
 
     ## Version History
     - v0: first version.

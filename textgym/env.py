@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import gymnasium as gym
 import numpy as np
@@ -19,31 +20,34 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     """One response to one prompt, token by token.
 
     ## Observation Space
-    `Dict(input_ids=Box(0, V-1, (L,)), length=Box(1, L, (1,)), prompt_length=Box(1, L, (1,)))`, all int64: prompt and
-    response from column 0 and zeros after `length`, with `L = max_prompt_tokens + max_new_tokens`.
+    `Dict(input_ids=Box(0, V-1, (L,)), length=Box(1, L, (1,)), prompt_length=Box(1, L, (1,)))`, all
+    int64: prompt and response from column 0 and zeros after `length`, with `L = max_prompt_tokens +
+    max_new_tokens`.
 
     ## Action Space
     `Discrete(V)`: the id of the next token.
 
     ## Rewards
-    What the task's schedule pays for this token: by default the reward's value once, on the token that ends the response.
+    What the task's schedule pays for this token: by default the reward's value once, on the token
+    that ends the response.
 
     ## Episode End
-    `terminated` by a stop id, a stop string, the environment itself or, with `budget="terminate"`, the last token of the
-    budget; `truncated` by the budget with `budget="truncate"`.
+    `terminated` by a stop id, a stop string, the environment itself or, with `budget="terminate"`,
+    the last token of the budget; `truncated` by the budget with `budget="truncate"`.
 
     ## Information
-    After `reset`: `prompt_row`, the row of the prompt table, and `stream`, a `np.uint64` that identifies the episode. At the
-    end: `text`, `stop_reason` and `reward`, the unweighted components by name. `reward_status` and `reward_traceback`
-    tell why an episode is unscored, and are absent where it is scored.
+    After `reset`: `prompt_row`, the row of the prompt table, and `stream`, a `np.uint64` that
+    identifies the episode. At the end: `text`, `stop_reason` and `reward`, the unweighted
+    components by name. `reward_status` and `reward_traceback` tell why an episode is unscored, and
+    are absent where it is scored.
 
     ## Arguments
     `reset(options=...)` takes `prompt_row`, which prompt, and `stream`, whose draws.
 
     Args:
         task: What is played. Environments of the suite leave it out: their class names `make_task`.
-        render_mode: `"ansi"`: `render()` returns prompt, response so far and reward as a string. `"human"`: tokens are
-            printed as they come.
+        render_mode: `"ansi"`: `render()` returns prompt, response so far and reward as a string.
+            `"human"`: tokens are printed as they come.
         **knobs: Arguments of the class's `make_task`.
 
     Raises:
@@ -51,7 +55,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         TypeError: `make_task` has no such knob.
     """
 
-    metadata = {"render_modes": ["ansi", "human"], "render_fps": 10}
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "human"], "render_fps": 10}  # noqa: RUF012
     make_task: ClassVar[Callable[..., Task]] = Task
     masks_actions = False  # classes and wrappers whose `action_masks` forbids something say True
 
@@ -61,11 +65,10 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         check_render_mode(render_mode, self.metadata["render_modes"])
         task = self.task = task_of(type(self).make_task, task, knobs)
         self.render_mode = render_mode
-        self.observation_space = task.observation_space()
-        self.action_space = spaces.Discrete(task.vocab_size)  # type: ignore[assignment]
+        self.observation_space = cast("spaces.Space[Observation]", task.observation_space())
+        self.action_space = spaces.Discrete(task.vocab_size)
         self.mdp = TokenMDP(task, 1)
         self._seeded = False
-        self._total = 0.0
         self._last: dict[str, Any] = {}
 
     def reset(
@@ -82,7 +85,8 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         """
         super().reset(seed=seed)
         if seed is not None or not self._seeded:
-            self.mdp.seed[0] = seed if seed is not None else self.np_random.integers(2**31)
+            drawn = int(self.np_random.integers(2**31)) if seed is None else int(seed)
+            self.mdp.seed[0] = np.uint64(drawn % 2**64)
             self.mdp.episode[0] = 0
             self._seeded = True
         options = checked_options(options, {"prompt_row", "stream"})
@@ -90,18 +94,16 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
         stream = options.get("stream")
         self.mdp.begin(
             np.zeros(1, np.int64),
-            None if row is None else np.array([row]),
-            None if stream is None else np.array([stream], np.uint64),
+            None if row is None else _single("prompt_row", row),
+            None if stream is None else as_streams(_single("stream", stream)),
         )
-        self._total, self._last = 0.0, {}
+        self._last = {}
         info = {"prompt_row": int(self.mdp.prompt_row[0]), "stream": self.mdp.stream[0]}
         if self.render_mode == "human":
             print(f"\n{_shown(self.task.prompt_text(info['prompt_row']))}\n> ", end="", flush=True)
         return self._observation(), info
 
-    def step(
-        self, action: np.int64 | int
-    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.int64 | int) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Append one token.
 
         Raises:
@@ -110,23 +112,25 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
             gymnasium.error.ResetNeeded: The episode has ended or was never begun.
             textgym.rewards.RewardError: The reward failed and is strict.
         """
-        outcome = self.mdp.step(np.asarray(action).reshape(-1)[:1])
-        reward = float(outcome.reward[0])
-        self._total += reward
+        chosen = np.asarray(action)
+        if chosen.ndim:
+            raise ValueError(
+                f"expected one action, a single integer, got an array of shape {chosen.shape}"
+            )
+        before = int(self.mdp.length[0])
+        outcome = self.mdp.step(chosen[None])
         self._last = row_info(outcome)
         terminated, truncated = bool(outcome.terminated[0]), bool(outcome.truncated[0])
         if self.render_mode == "human":
-            print(self.task.tokenizer.piece(int(action)), end="", flush=True)
+            fresh = self.mdp.ids[0, before : self.mdp.length[0]]  # the action and any reply
+            print(*map(self.task.tokenizer.piece, fresh), sep="", end="", flush=True)
             if terminated or truncated:
-                print(f"\n{self._footer()}", flush=True)
-        return self._observation(), reward, terminated, truncated, self._last
+                print(f"\n{_footer(self.mdp, 0, self._last)}", flush=True)
+        return self._observation(), float(outcome.reward[0]), terminated, truncated, self._last
 
-    def render(self) -> str | None:  # type: ignore[override]
-        """Prompt, response so far and reward so far; None in mode `"human"`, which prints as it steps."""
-        if self.render_mode != "ansi":
-            return None
-        prompt = _shown(self.task.prompt_text(int(self.mdp.prompt_row[0])))
-        return f"{prompt}\n> {self.mdp.response_text(0)}\n{self._footer()}"
+    def render(self) -> str | None:
+        """Prompt, response and reward so far; None in mode `"human"`, which prints as it steps."""
+        return rendered(self.mdp, 0, self._last) if self.render_mode == "ansi" else None
 
     def action_masks(self) -> NDArray[np.bool_]:
         """Which actions are allowed, bool `[V]` (the sb3-contrib convention); here all are."""
@@ -149,10 +153,29 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     def _observation(self) -> Observation:
         return {k: v[0] for k, v in self.mdp.observation().items()}
 
-    def _footer(self) -> str:
-        parts = " ".join(f"{k}={v:.3f}" for k, v in self._last.get("reward", {}).items())
-        reason = self._last.get("stop_reason")
-        return f"[reward {self._total:.3f}{' ' + parts if parts else ''}{f' end: {reason}' if reason else ''}]"
+
+def rendered(mdp: TokenMDP, row: int, info: dict[str, Any]) -> str:
+    """One row as people read it: prompt, response so far, and reward so far.
+
+    Args:
+        mdp: Where the row is.
+        row: Which one.
+        info: What `row_info` says of its last step; empty before the first.
+    """
+    prompt = _shown(mdp.task.prompt_text(int(mdp.prompt_row[row])))
+    return f"{prompt}\n> {mdp.response_text(row)}\n{_footer(mdp, row, info)}"
+
+
+def as_streams(value: Any) -> NDArray[np.uint64]:
+    """Streams as `uint64`; negative ones count modulo 2**64.
+
+    Raises:
+        TypeError: They are not integers.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"options['stream'] must hold 64-bit integers, got {value!r:.80}")
+    return array.astype(np.uint64)
 
 
 def row_info(outcome: Outcome, row: int = 0) -> dict[str, Any]:
@@ -182,7 +205,10 @@ def checked_options(options: dict[str, Any] | None, known: set[str]) -> dict[str
 
 
 def task_of(make_task: Callable[..., Task], task: Task | None, knobs: dict[str, Any]) -> Task:
-    """The task that was given, or the one that `make_task` builds from the knobs; equal knobs share one task.
+    """The task that was given, or the one that `make_task` builds from the knobs.
+
+    Equal hashable knobs share one task in a process; a file among them counts with its time and
+    size, so that an edited file is read again.
 
     Raises:
         TypeError: Both a task and knobs were given.
@@ -191,26 +217,50 @@ def task_of(make_task: Callable[..., Task], task: Task | None, knobs: dict[str, 
         if knobs:
             raise TypeError(f"a task was given, so the arguments {sorted(knobs)} have no place")
         return task
-    key = (make_task, *sorted(knobs.items(), key=lambda item: item[0]))
+    key = (make_task, *((name, _identity(knobs[name])) for name in sorted(knobs)))
     try:
-        if key not in _TASKS:
-            while len(_TASKS) >= 64:
-                _TASKS.pop(next(iter(_TASKS)))
-            _TASKS[key] = make_task(**knobs)
-        return _TASKS[key]
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-    return make_task(**knobs)
+        hash(key)
+    except TypeError:
+        return make_task(**knobs)
+    if key not in _TASKS:
+        while len(_TASKS) >= 64:
+            _TASKS.pop(next(iter(_TASKS)))
+        _TASKS[key] = make_task(**knobs)
+    return _TASKS[key]
 
 
 _TASKS: dict[Any, Task] = {}
+
+
+def _identity(knob: Any) -> Any:
+    """What tells one knob from another: its value and type, and for a file what it holds."""
+    if isinstance(knob, str | Path):
+        path = Path(knob).absolute()
+        try:
+            stat = path.stat()
+        except (OSError, ValueError):  # not a path, or none that can be
+            return type(knob), knob
+        return type(knob), knob, path, stat.st_mtime_ns, stat.st_size
+    return type(knob), knob
 
 
 def check_render_mode(mode: str | None, modes: list[str]) -> None:
     """Raise a ValueError unless `mode` is None or one of `modes`."""
     if mode is not None and mode not in modes:
         raise ValueError(f"render_mode must be None or one of {modes}, got {mode!r}")
+
+
+def _single(name: str, value: Any) -> NDArray[Any]:
+    array = np.asarray(value)
+    if array.ndim:
+        raise ValueError(f"options[{name!r}] must be one integer, got shape {array.shape}")
+    return array[None]
+
+
+def _footer(mdp: TokenMDP, row: int, info: dict[str, Any]) -> str:
+    parts = [f"{name}={value:.3f}" for name, value in info.get("reward", {}).items()]
+    end = [f"end: {info['stop_reason']}"] if "stop_reason" in info else []
+    return f"[{' '.join([f'reward {mdp.paid[row]:.3f}', *parts, *end])}]"
 
 
 def _shown(prompt: Any) -> str:

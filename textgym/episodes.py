@@ -1,7 +1,8 @@
 """`Episodes`: what a rollout collected, every sequence stored once.
 
-Memory is O(tokens): sequences are ragged and concatenated, and everything that is learned is a flat array over the M action
-tokens, the tokens that the policy chose. Tokens that the environment wrote are in the sequences and nowhere else.
+Memory is O(tokens): sequences are ragged and concatenated, and everything that is learned is a flat
+array over the M action tokens, the tokens that the policy chose. Tokens that the environment wrote
+are in the sequences and nowhere else.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Episodes:
         logprob: float32 `[M]`, log pi of each action token when it was sampled.
         value: float32 `[M]`, value of the state in which it was sampled.
         reward: float64 `[M]`, what the environment paid for it.
-        components: The reward's unweighted parts by name, float64 `[M]`, NaN where a part does not apply.
+        components: The reward's unweighted parts by name, float64 `[M]`, NaN where a part does not
+            apply.
         terminated: bool `[B]`.
         truncated: bool `[B]`.
         bootstrap_value: float32 `[B]`, value of the final state of truncated episodes, else 0.
@@ -117,9 +119,9 @@ class Episodes:
 
     def per_episode(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Sum a per-token array `[M]` over each episode, float64 `[B]`; NaN counts as 0."""
-        total = np.concatenate([[0.0], np.cumsum(np.nan_to_num(np.asarray(values, np.float64)))])
-        sums: NDArray[np.float64] = total[self.offsets[1:]] - total[self.offsets[:-1]]
-        return sums
+        owner = np.repeat(np.arange(len(self)), self.lengths)
+        weights = np.nan_to_num(np.asarray(values, np.float64))
+        return np.bincount(owner, weights, minlength=len(self)).astype(np.float64)
 
     def sequence(self, index: int) -> NDArray[np.int64]:
         """Prompt and response of one episode."""

@@ -1,155 +1,36 @@
 """The token decision process: what a task is, and the one transition function, on arrays `[N, L]`.
 
-A state is a prompt followed by the response so far, an action is one vocabulary id, the transition appends it. Both
-environments are faces of `TokenMDP`: `TextGenEnv` of one row, `TextGenVectorEnv` of N rows.
+A state is a prompt followed by the response so far, an action is one vocabulary id, the transition
+appends it. Both environments are faces of `TokenMDP`: `TextGenEnv` of one row, `TextGenVectorEnv`
+of N rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from gymnasium import spaces
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
-from textgym.prompts import Prompts
-from textgym.rewards import Payment, Schedule, TextBatch, as_schedule
+from textgym.rewards import Payment, TextBatch
 from textgym.streams import mix64
-from textgym.tokens import Tokenizer, load_tokenizer
+from textgym.task import STOP_REASONS, Budget, Reply, Respond, StopReason, Task, positive
 
-Budget = Literal["terminate", "truncate"]
-StopReason = Literal["stop_id", "stop_string", "length", "env"]
-STOP_REASONS: tuple[StopReason, ...] = ("stop_id", "stop_string", "length", "env")
+__all__ = [
+    "STOP_REASONS",
+    "Budget",
+    "Outcome",
+    "Reply",
+    "Respond",
+    "RowState",
+    "StopReason",
+    "Task",
+    "TokenMDP",
+]
 
 _PROMPT_DRAW = 1  # key of the draw that picks an episode's prompt from its stream
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What an environment answers to a response so far: tokens of its own, and whether the episode is over."""
-
-    tokens: Sequence[int] = ()
-    end: bool = False
-
-
-Respond = Callable[[Mapping[str, Any], Sequence[int]], Reply | None]
-"""`respond(row, response_ids)` is called after every action that did not end the episode."""
-
-
-class Task:
-    """A text-generation task: prompts, tokenizer, reward and the rules of the game. Shared by all rows, read-only.
-
-    Args:
-        prompts: A `Prompts` table or anything that `Prompts.load` reads.
-        reward: A schedule, a reward, any callable, or the name of a registered reward.
-        tokenizer: Anything that `load_tokenizer` takes.
-        max_new_tokens: Budget of tokens after the prompt, the environment's own replies included.
-        max_prompt_tokens: Longest prompt in tokens; default is the longest over all splits of the table.
-        truncate_prompt: Side on which longer prompts are cut; None makes them an error.
-        stop: What ends a response. None: the tokenizer's stop ids. Integers replace those ids, strings are added to
-            them, an empty sequence means that only the budget ends.
-        budget: `"terminate"`: an empty budget ends the task. `"truncate"`: it is a time limit, without outcome.
-        vocab_size: Number of actions V; default is the tokenizer's size.
-        respond: Hook by which the environment takes turns of its own.
-
-    Raises:
-        ValueError: A prompt is too long, an id is outside the vocabulary, a column that the reward needs is missing, there
-            is nothing that ends a response, or an argument is out of range.
-    """
-
-    def __init__(
-        self,
-        *,
-        prompts: Any,
-        reward: Any,
-        tokenizer: Any = "embedded",
-        max_new_tokens: int = 64,
-        max_prompt_tokens: int | None = None,
-        truncate_prompt: Literal["left", "right"] | None = None,
-        stop: Sequence[int | str] | str | int | None = None,
-        budget: Budget = "terminate",
-        vocab_size: int | None = None,
-        respond: Respond | None = None,
-    ) -> None:
-        if budget not in ("terminate", "truncate"):
-            raise ValueError(f"budget must be 'terminate' or 'truncate', got {budget!r}")
-        if truncate_prompt not in (None, "left", "right"):
-            raise ValueError(f"truncate_prompt must be None, 'left' or 'right', got {truncate_prompt!r}")
-        self.prompts = Prompts.load(prompts)
-        self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
-        self.schedule: Schedule = as_schedule(reward)
-        self.schedule.check(self.prompts.columns)
-        self.max_new_tokens = _positive("max_new_tokens", max_new_tokens)
-        self.budget: Budget = budget
-        self.respond = respond
-        self.vocab_size = _positive("vocab_size", vocab_size or self.tokenizer.vocab_size)
-        self.stop_ids, self.stop_strings = _stops(stop, self.tokenizer, self.vocab_size)
-        self.is_stop_id = np.zeros(self.vocab_size, np.bool_)
-        self.is_stop_id[list(self.stop_ids)] = True
-        self.max_prompt_tokens = self._longest(max_prompt_tokens, truncate_prompt)
-        encoded = [self._cut(ids, truncate_prompt) for ids in _encoded(self.prompts, self.tokenizer)]
-        self.prompt_length = np.array([len(ids) for ids in encoded], np.int64)
-        self.prompt_ids = np.zeros((len(encoded), self.max_prompt_tokens), np.int64)
-        for i, ids in enumerate(encoded):
-            self.prompt_ids[i, : len(ids)] = ids
-        if int(self.prompt_ids.max()) >= self.vocab_size:
-            row = int(np.flatnonzero((self.prompt_ids >= self.vocab_size).any(1))[0])
-            raise ValueError(
-                f"prompt {row} holds id {int(self.prompt_ids[row].max())}, but vocab_size is {self.vocab_size}"
-            )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Task:
-        """Return itself: a task is read-only and shared."""
-        return self
-
-    @property
-    def max_length(self) -> int:
-        """Columns L of an observation."""
-        return self.max_prompt_tokens + self.max_new_tokens
-
-    def observation_space(self) -> spaces.Dict:
-        """Space of one row: `input_ids [L]`, `length [1]`, `prompt_length [1]`, all int64."""
-        columns = self.max_length
-        return spaces.Dict(
-            {
-                "input_ids": spaces.Box(0, self.vocab_size - 1, (columns,), np.int64),
-                "length": spaces.Box(1, columns, (1,), np.int64),
-                "prompt_length": spaces.Box(1, columns, (1,), np.int64),
-            }
-        )
-
-    def prompt_text(self, row: int) -> Any:
-        """A prompt as rewards and people see it: its string or messages, or its decoded ids."""
-        prompt = self.prompts[row]["prompt"]
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
-            return prompt
-        return self.tokenizer.decode(prompt)
-
-    def _longest(self, limit: int | None, truncate: str | None) -> int:
-        if limit is not None and truncate is not None:
-            return _positive("max_prompt_tokens", limit)
-        longest = max(
-            max(map(len, _encoded(table, self.tokenizer))) for table in self.prompts.family
-        )
-        if limit is None:
-            return longest
-        if longest > limit:
-            lengths = list(map(len, _encoded(self.prompts, self.tokenizer)))
-            row = int(np.argmax(lengths))
-            raise ValueError(
-                f"prompt {row} has {max(lengths)} tokens (longest over all splits: {longest}), more than "
-                f"max_prompt_tokens={limit}; raise it, or cut with truncate_prompt='left' or 'right'"
-            )
-        return _positive("max_prompt_tokens", limit)
-
-    def _cut(self, ids: list[int], truncate: str | None) -> list[int]:
-        limit = self.max_prompt_tokens
-        if len(ids) <= limit:
-            return ids
-        return ids[-limit:] if truncate == "left" else ids[:limit]
 
 
 @dataclass(frozen=True)
@@ -164,7 +45,9 @@ class RowState:
     episode: int
     steps: int
     done: bool
+    paid: float
     track: Any
+    replied: NDArray[np.bool_] | None = None
 
 
 @dataclass
@@ -186,28 +69,36 @@ class TokenMDP:
     Args:
         task: The task.
         num_envs: Number of rows N.
-        max_episode_steps: Actions after which a row is truncated, as Gymnasium's `TimeLimit` does; None for no limit.
+        max_episode_steps: Actions after which a row is truncated, as Gymnasium's `TimeLimit` does;
+            None for no limit.
 
     Attributes:
         ids: int64 `[N, L]`, prompt and response from column 0, zeros to the right of `length`.
         length: int64 `[N]`, tokens in each row.
+        paid: float64 `[N]`, sum of the rewards of each row's episode.
         done: bool `[N]`, rows that need a reset before they can step.
+        replied: bool `[N, L]`, columns that the environment wrote in reply; None for tasks that do
+            not reply.
     """
 
     def __init__(self, task: Task, num_envs: int, max_episode_steps: int | None = None) -> None:
         self.task = task
-        self.num_envs = _positive("num_envs", num_envs)
+        self.num_envs = positive("num_envs", num_envs)
+        if max_episode_steps is not None:
+            positive("max_episode_steps", max_episode_steps)
         self.max_episode_steps = max_episode_steps
         self.ids = np.zeros((num_envs, task.max_length), np.int64)
         self.length = np.ones(num_envs, np.int64)
         self.prompt_length = np.ones(num_envs, np.int64)
         self.prompt_row = np.zeros(num_envs, np.int64)
         self.stream = np.zeros(num_envs, np.uint64)
-        self.seed = np.zeros(num_envs, np.int64)
+        self.seed = np.zeros(num_envs, np.uint64)
         self.episode = np.zeros(num_envs, np.int64)
         self.steps = np.zeros(num_envs, np.int64)
+        self.paid = np.zeros(num_envs)
         self.done = np.ones(num_envs, np.bool_)
         self.tracks: list[Any] = [None] * num_envs
+        self.replied = None if task.respond is None else np.zeros(self.ids.shape, np.bool_)
 
     def begin(
         self,
@@ -220,26 +111,28 @@ class TokenMDP:
         Args:
             rows: int64 `[n]`.
             prompt_row: int64 `[n]`, which prompts; default is drawn from the stream.
-            stream: uint64 `[n]`, the episodes' identities; default is the hash of (row seed, episode number).
+            stream: uint64 `[n]`, the episodes' identities; default is the hash of (row seed,
+                episode number).
 
         Raises:
+            TypeError: Prompt rows are not integers.
             ValueError: A prompt row is outside the table.
         """
         task = self.task
-        number = len(task.prompts)
-        self.stream[rows] = mix64(self.seed[rows], self.episode[rows]) if stream is None else stream
+        if stream is None:
+            stream = mix64(self.seed[rows], self.episode[rows])
+        chosen = self._prompt_rows(prompt_row, stream)
+        self.stream[rows] = stream
         self.episode[rows] += 1
-        if prompt_row is None:
-            prompt_row = mix64(self.stream[rows], _PROMPT_DRAW) % np.uint64(number)
-        chosen = np.asarray(prompt_row).astype(np.int64)
-        if (chosen < 0).any() or (chosen >= number).any():
-            raise ValueError(f"prompt_row must be in [0, {number}), got {chosen.tolist()}")
         self.prompt_row[rows] = chosen
         self.ids[rows, : task.max_prompt_tokens] = task.prompt_ids[chosen]
         self.ids[rows, task.max_prompt_tokens :] = 0
         self.prompt_length[rows] = self.length[rows] = task.prompt_length[chosen]
         self.steps[rows] = 0
+        self.paid[rows] = 0.0
         self.done[rows] = False
+        if self.replied is not None:
+            self.replied[rows] = False
         for i in rows:
             p = int(self.prompt_row[i])
             self.tracks[i] = task.schedule.begin(task.prompts[p], task.prompt_text(p))
@@ -259,19 +152,22 @@ class TokenMDP:
         rows = np.arange(self.num_envs) if live is None else np.flatnonzero(live)
         chosen = self._checked(actions, rows)
         if self.done[rows].any():
-            late = rows[self.done[rows]].tolist()
-            raise ResetNeeded(f"rows {late} have ended or were never reset; call reset() before step()")
+            over = rows[self.done[rows]].tolist()
+            raise ResetNeeded(
+                f"rows {over} have ended or were never reset; call reset() before step()"
+            )
         self.ids[rows, self.length[rows]] = chosen
         self.length[rows] += 1
         self.steps[rows] += 1
         outcome = self._end(rows, chosen)
-        finished = outcome.terminated | outcome.truncated
-        self._pay(rows, outcome, finished)
+        ended = outcome.terminated | outcome.truncated
+        late = np.zeros(self.num_envs, np.bool_)
         if self.max_episode_steps is not None:
-            late_rows = rows[(self.steps[rows] >= self.max_episode_steps) & ~finished[rows]]
-            outcome.truncated[late_rows] = True
-            finished[late_rows] = True
-        self.done |= finished
+            late[rows] = (self.steps[rows] >= self.max_episode_steps) & ~ended[rows]
+        self.done |= ended | late  # before the reward is asked, which may raise
+        self._pay(rows, outcome, ended)
+        self.paid += outcome.reward
+        outcome.truncated |= late
         return outcome
 
     def observation(self, copy: bool = True) -> dict[str, NDArray[np.int64]]:
@@ -289,14 +185,15 @@ class TokenMDP:
         return ids
 
     def response_text(self, row: int) -> str:
-        """Text of the response so far of one row, without a stop id and cut before a stop string."""
+        """Text of one row's response so far, without a stop id, cut before a stop string."""
         ids = self.response_ids(row)
-        if ids and self.task.is_stop_id[ids[-1]]:
+        by_policy = self.replied is None or not self.replied[row, self.length[row] - 1]
+        if ids and by_policy and self.task.is_stop_id[ids[-1]]:
             ids.pop()
         return _before_stop(self.task.tokenizer.decode(ids), self.task.stop_strings)[0]
 
     def get_state(self, row: int) -> RowState:
-        """Copy one row's episode in full; `set_state` on any row of an equal task continues it exactly."""
+        """Copy one row's episode; `set_state` in any row of an equal task continues it exactly."""
         return RowState(
             ids=self.ids[row, : self.length[row]].copy(),
             prompt_length=int(self.prompt_length[row]),
@@ -306,40 +203,68 @@ class TokenMDP:
             episode=int(self.episode[row]),
             steps=int(self.steps[row]),
             done=bool(self.done[row]),
+            paid=float(self.paid[row]),
             track=None if self.tracks[row] is None else self.tracks[row].copy(),
+            replied=None if self.replied is None else self.replied[row].copy(),
         )
 
     def set_state(self, row: int, state: RowState) -> None:
         """Put a copied episode into one row.
 
         Raises:
-            ValueError: The state is longer than this task's observations.
+            ValueError: The state is of another task: it is longer, or has ids or a prompt that this
+                one has not.
         """
-        count = len(state.ids)
-        if count > self.task.max_length:
-            raise ValueError(f"the state has {count} tokens, this task at most {self.task.max_length}")
+        task, count = self.task, len(state.ids)
+        if count > task.max_length:
+            raise ValueError(f"the state has {count} tokens, this task at most {task.max_length}")
+        if (
+            state.prompt_row >= len(task.prompts)
+            or int(state.ids.max(initial=0)) >= task.vocab_size
+        ):
+            raise ValueError(
+                f"the state (prompt row {state.prompt_row}, largest id {state.ids.max(initial=0)}) "
+                "is of another task: "
+                f"this one has {len(task.prompts)} prompts and {task.vocab_size} ids"
+            )
         self.ids[row] = 0
         self.ids[row, :count] = state.ids
         self.length[row] = count
         self.prompt_length[row] = state.prompt_length
         self.prompt_row[row] = state.prompt_row
         self.stream[row] = np.uint64(state.stream)
-        self.seed[row], self.episode[row] = state.seed, state.episode
-        self.steps[row], self.done[row] = state.steps, state.done
+        self.seed[row], self.episode[row] = np.uint64(state.seed), state.episode
+        self.steps[row], self.done[row], self.paid[row] = state.steps, state.done, state.paid
         self.tracks[row] = None if state.track is None else state.track.copy()
+        if self.replied is not None:
+            self.replied[row] = False if state.replied is None else state.replied
+
+    def _prompt_rows(self, prompt_row: Any, stream: Any) -> NDArray[np.int64]:
+        number = len(self.task.prompts)
+        if prompt_row is None:
+            return (mix64(stream, _PROMPT_DRAW) % np.uint64(number)).astype(np.int64)
+        chosen = np.asarray(prompt_row)
+        if chosen.dtype.kind not in "iu":
+            raise TypeError(f"prompt_row must be integers, got {chosen.dtype}: {prompt_row!r:.80}")
+        if (chosen < 0).any() or (chosen >= number).any():
+            raise ValueError(f"prompt_row must be in [0, {number}), got {chosen.tolist()}")
+        return chosen.astype(np.int64)
 
     def _checked(self, actions: Any, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         array = np.asarray(actions)
         if array.dtype.kind not in "iu":
             raise TypeError(f"actions must be integers, got {array.dtype}: {actions!r:.80}")
         if array.shape != (self.num_envs,):
-            raise ValueError(f"expected {self.num_envs} actions, got an array of shape {array.shape}")
+            raise ValueError(
+                f"expected {self.num_envs} actions, got an array of shape {array.shape}"
+            )
         chosen = array[rows].astype(np.int64)
         outside = (chosen < 0) | (chosen >= self.task.vocab_size)
         if outside.any():
             k = int(np.flatnonzero(outside)[0])
             raise ValueError(
-                f"action {int(chosen[k])} of row {int(rows[k])} is outside the vocabulary; expected an id in "
+                f"action {int(chosen[k])} of row {int(rows[k])} is outside the vocabulary; "
+                "expected an id in "
                 f"[0, {self.task.vocab_size})"
             )
         return chosen
@@ -366,7 +291,9 @@ class TokenMDP:
             reason[i] = reason[i] or "length"
         terminated = np.zeros(self.num_envs, np.bool_)
         truncated = np.zeros(self.num_envs, np.bool_)
-        for i in rows if len(rest) < len(rows) or task.stop_strings or task.respond else rest[spent]:
+        for i in (
+            rows if len(rest) < len(rows) or task.stop_strings or task.respond else rest[spent]
+        ):
             if reason[i] == "length" and task.budget == "truncate":
                 truncated[i] = True
             elif reason[i] is not None:
@@ -381,15 +308,22 @@ class TokenMDP:
         if reply is None:
             return False
         room = int(self.prompt_length[i]) + task.max_new_tokens - int(self.length[i])
-        tokens = list(reply.tokens)[:room]
-        self.ids[i, self.length[i] : self.length[i] + len(tokens)] = tokens
+        tokens = np.asarray(reply.tokens, np.int64)
+        if ((tokens < 0) | (tokens >= task.vocab_size)).any():
+            raise ValueError(
+                f"the environment replied with {tokens.tolist()}, but ids are in [0, "
+                f"{task.vocab_size})"
+            )
+        tokens = tokens[:room]
+        here = slice(int(self.length[i]), int(self.length[i]) + len(tokens))
+        self.ids[i, here] = tokens
+        assert self.replied is not None
+        self.replied[i, here] = True
         self.length[i] += len(tokens)
         return reply.end
 
-    def _pay(
-        self, rows: NDArray[np.int64], outcome: Outcome, finished: NDArray[np.bool_]
-    ) -> None:
-        """Score the finished rows in one batch (all live rows where a schedule pays every token)."""
+    def _pay(self, rows: NDArray[np.int64], outcome: Outcome, finished: NDArray[np.bool_]) -> None:
+        """Score the finished rows in one batch, or all live rows where every token is paid."""
         due = rows if self.task.schedule.every_step else rows[finished[rows]]
         if not len(due):
             return
@@ -422,46 +356,18 @@ class TokenMDP:
             prompt_ids=[task.prompt_ids[p, : task.prompt_length[p]].tolist() for p in prompt_rows],
             rows=[task.prompts[p] for p in prompt_rows],
             stop_reasons=list(reasons),
+            action_masks=self._action_masks(due),
         )
 
-
-def _encoded(table: Prompts, tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of every prompt of a table, encoded once per table and tokenizer."""
-    cache = table.__dict__.setdefault("_encoded", {})
-    if id(tokenizer) not in cache:
-        cache[id(tokenizer)] = (tokenizer, [tokenizer.encode(row["prompt"]) for row in table])
-    ids: list[list[int]] = cache[id(tokenizer)][1]
-    return ids
-
-
-def _stops(
-    stop: Sequence[int | str] | str | int | None, tokenizer: Tokenizer, vocab_size: int
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    given = [stop] if isinstance(stop, str | int) else list(stop or ())
-    strings = tuple(s for s in given if isinstance(s, str))
-    ids = tuple(int(i) for i in given if not isinstance(i, str))
-    if stop is None or (strings and not ids):
-        ids = tokenizer.stop_ids
-    if stop is None and not ids:
-        raise ValueError(
-            f"tokenizer {tokenizer.name!r} has no end-of-sequence id, so nothing would end a response; give stop= ids "
-            "or strings, or stop=() to end on the budget alone"
-        )
-    if "" in strings:
-        raise ValueError("a stop string must not be empty")
-    for i in ids:
-        if not 0 <= i < vocab_size:
-            raise ValueError(f"stop id {i} is outside the vocabulary of {vocab_size} ids")
-    return ids, strings
+    def _action_masks(self, due: NDArray[np.int64]) -> list[Any] | None:
+        """Which tokens of each response the policy chose; None where it chose all."""
+        if self.replied is None:
+            return None
+        spans = [slice(self.prompt_length[i], self.length[i]) for i in due]
+        return [(~self.replied[i, span]).tolist() for i, span in zip(due, spans, strict=True)]
 
 
 def _before_stop(text: str, stop_strings: tuple[str, ...]) -> tuple[str, bool]:
     """Text before the first stop string in it, and whether there was one."""
     found = [at for at in (text.find(s) for s in stop_strings) if at >= 0]
     return (text[: min(found)], True) if found else (text, False)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return int(value)

@@ -1,8 +1,9 @@
 """`collect`: run a policy in a vector environment until B episodes have ended.
 
-Exactly B episodes are started, from a queue, and all of them are finished. Stopping on a token budget or keeping the first
-finishers would prefer short responses. A finished row is given the queue's next episode at once; an episode and its draws
-depend on the run's seed and the episode's index only, so the number of rows changes nothing but speed.
+Exactly B episodes are started, from a queue, and all of them are finished. Stopping on a token
+budget or keeping the first finishers would prefer short responses. A finished row is given the
+queue's next episode at once; an episode and its draws depend on the run's seed and the episode's
+index only, so the number of rows changes nothing but speed.
 """
 
 from __future__ import annotations
@@ -81,17 +82,21 @@ def collect(
         envs: A vector environment with `autoreset_mode="Disabled"`.
         episodes: Number of episodes B, a multiple of `group_size`.
         group_size: Episodes that share a prompt and a stream and differ in their sample index.
-        seed: The run's seed. An episode's stream is hash(seed, `first_episode` + index of its group).
+        seed: The run's seed. An episode's stream is hash(seed, `first_episode` + index of its
+            group).
         first_episode: Groups collected before in this run.
-        prompt_rows: int64 `[B / group_size]`, the groups' prompts; default: each is drawn from its stream.
-        path: `"step"`: one decoding step, one `env.step`. `"sequence"`: the device writes whole responses and the same
-            ids are replayed through `env.step`; both give the same tokens and rewards.
+        prompt_rows: int64 `[B / group_size]`, the groups' prompts; default: each is drawn from its
+            stream.
+        path: `"step"`: one decoding step, one `env.step`. `"sequence"`: the device writes whole
+            responses and the same ids are replayed through `env.step`; both give the same tokens
+            and rewards.
 
     Returns:
         The episodes, in the order in which they were queued.
 
     Raises:
-        ValueError: An argument is out of range, or the environment resets by itself, or replies on the sequence path.
+        ValueError: An argument is out of range, or the environment resets by itself, or replies on
+            the sequence path.
     """
     if envs.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
         raise ValueError(
@@ -99,10 +104,14 @@ def collect(
             f"{envs.metadata['autoreset_mode'].value!r}"
         )
     if group_size < 1 or episodes < 1 or episodes % group_size:
-        raise ValueError(f"episodes must be a positive multiple of group_size, got {episodes} and {group_size}")
+        raise ValueError(
+            f"episodes must be a positive multiple of group_size, got {episodes} and {group_size}"
+        )
     groups = episodes // group_size
     if prompt_rows is not None and len(prompt_rows) != groups:
-        raise ValueError(f"prompt_rows must hold one row a group ({groups}), got {len(prompt_rows)}")
+        raise ValueError(
+            f"prompt_rows must hold one row a group ({groups}), got {len(prompt_rows)}"
+        )
     plan = _Plan(
         stream=np.repeat(mix64(seed, first_episode + np.arange(groups)), group_size),
         sample_index=np.tile(np.arange(group_size), groups),
@@ -170,7 +179,16 @@ def _step_path(
         column = obs["length"][rows, 0].copy()
         obs, reward, terminated, truncated, info = envs.step(actions)
         recorder.stepped(
-            rows, playing, column, (act.logprob, act.value), reward, terminated, truncated, obs, info, mask
+            rows,
+            playing,
+            column,
+            (act.logprob, act.value),
+            reward,
+            terminated,
+            truncated,
+            obs,
+            info,
+            mask,
         )
         ended = (terminated | truncated)[rows]
         if ended.any():
@@ -192,8 +210,8 @@ def _sequence_path(
     task = envs.unwrapped.task
     if task.respond is not None or recorder.masked:
         raise ValueError(
-            "path='sequence' writes whole responses before the environment sees them, but this environment replies or "
-            "masks actions; use path='step'"
+            "path='sequence' writes whole responses before the environment sees them, but this "
+            "environment replies or masks actions; use path='step'"
         )
     number = envs.num_envs
     for first in range(0, len(plan.stream), number):
@@ -341,4 +359,3 @@ class _Recorder:
             packed_masks=np.concatenate(self.masks)[order] if self.masks else None,
             vocab_size=self.task.vocab_size,
         )
-

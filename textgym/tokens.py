@@ -1,14 +1,14 @@
 """Tokenizers behind one small handle: text to ids for prompts, ids to text for everything else.
 
-Ids are the truth in textgym. Text is decoded from ids for rewards and people and is never encoded back, so the handle
-encodes prompts only. It holds the fast `tokenizers` backend, and the Hugging Face object where one was given, because
-chat templates live there.
+Ids are the truth in textgym. Text is decoded from ids for rewards and people and is never encoded
+back, so the handle encodes prompts only. It holds the fast `tokenizers` backend, and the Hugging
+Face object where one was given, because chat templates live there.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import tokenizers as tk
 
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """What a prompt may be: a string, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
 
 EMBEDDED = "embedded"
@@ -27,11 +27,13 @@ class Tokenizer:
     """A tokenizer as the environments see it.
 
     Args:
-        backend: The fast tokenizer that decodes (and encodes where there is no Hugging Face object).
+        backend: The fast tokenizer that decodes (and encodes where there is no Hugging Face
+            object).
         name: What error messages call it.
         bos_id: Beginning-of-sequence id, the state an empty prompt becomes; None if there is none.
         stop_ids: Ids that end a response by default.
-        hf: The Hugging Face tokenizer it was made from, if any; it encodes prompts and renders chat templates.
+        hf: The Hugging Face tokenizer it was made from, if any; it encodes prompts and renders chat
+            templates.
         recipe: `(function, arguments)` that makes the same handle again, for pickling.
     """
 
@@ -58,7 +60,7 @@ class Tokenizer:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
-        """Return itself: handles are immutable and shared (Gymnasium deep-copies the arguments of a spec)."""
+        """Return itself: handles are shared, and Gymnasium deep-copies the arguments of a spec."""
         return self
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
@@ -68,29 +70,31 @@ class Tokenizer:
     def encode(self, prompt: Prompt) -> list[int]:
         """Turn a prompt into ids.
 
-        Strings get the tokenizer's special tokens; chat messages get the chat template and nothing else; ids are
-        taken as they are. An empty prompt becomes `[bos]`.
+        Strings get the tokenizer's special tokens; chat messages get the chat template and nothing
+        else; ids are taken as they are. An empty prompt becomes `[bos]`.
 
         Raises:
-            ValueError: The prompt is empty and there is no bos id, messages came without a chat template, or an id
-                is outside the vocabulary.
+            ValueError: The prompt is empty and there is no bos id, messages came without a chat
+                template, or an id is outside the vocabulary.
             TypeError: The prompt is none of the three kinds.
         """
         if isinstance(prompt, str):
             ids = self._encode_text(prompt)
-        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], dict):
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             ids = self._encode_messages(prompt)
-        elif isinstance(prompt, Sequence) or hasattr(prompt, "tolist"):
+        elif isinstance(prompt, Sequence):
             ids = [_as_id(i, self.vocab_size) for i in prompt]
         else:
             raise TypeError(
-                f"a prompt is a string, a list of token ids or a list of chat messages, got {type(prompt).__name__}"
+                "a prompt is a string, a list of token ids or a list of chat messages, got "
+                f"{type(prompt).__name__}"
             )
         if ids:
             return ids
         if self.bos_id is None:
             raise ValueError(
-                f"an empty prompt becomes the bos token, but tokenizer {self.name!r} has none; give a prompt of at "
+                f"an empty prompt becomes the bos token, but tokenizer {self.name!r} has none; "
+                "give a prompt of at "
                 "least one token"
             )
         return [self.bos_id]
@@ -107,7 +111,7 @@ class Tokenizer:
         return list(self.backend.decode_batch(lists, skip_special_tokens=True))
 
     def piece(self, token_id: int) -> str:
-        """One token as people read it in logs: its text, or its name where the text is empty or broken."""
+        """One token for people: its text, or its name where the text is empty or broken."""
         text = self.backend.decode([int(token_id)], skip_special_tokens=False)
         if text and "\ufffd" not in text:
             return str(text)
@@ -116,13 +120,18 @@ class Tokenizer:
     def _encode_text(self, text: str) -> list[int]:
         if self.hf is not None:
             return [int(i) for i in self.hf.encode(text, add_special_tokens=True)]
-        return list(self.backend.encode(text, add_special_tokens=True).ids)
+        try:
+            return list(self.backend.encode(text, add_special_tokens=True).ids)
+        except Exception as error:  # `tokenizers` raises no class of its own
+            raise ValueError(
+                f"tokenizer {self.name!r} cannot encode {text!r:.80}: {error}"
+            ) from None
 
     def _encode_messages(self, messages: Sequence[Any]) -> list[int]:
         if self.hf is None or not getattr(self.hf, "chat_template", None):
             raise ValueError(
-                f"the prompt is a list of chat messages, but tokenizer {self.name!r} has no chat template; use a chat "
-                "model's tokenizer or write the prompt as one string"
+                f"the prompt is a list of chat messages, but tokenizer {self.name!r} has no chat "
+                "template; use a chat model's tokenizer or write the prompt as one string"
             )
         text = self.hf.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
@@ -131,10 +140,11 @@ class Tokenizer:
 
 
 def load_tokenizer(source: Any = EMBEDDED) -> Tokenizer:
-    """Make a handle from whatever names a tokenizer; equal names give the same object in one process.
+    """Make a handle from whatever names a tokenizer; equal names give the same object.
 
     Args:
-        source: A `Tokenizer`, a Hugging Face tokenizer object, a folder, a hub name, or `"embedded"`.
+        source: A `Tokenizer`, a Hugging Face tokenizer object, a folder, a hub name, or
+            `"embedded"`.
 
     Raises:
         TypeError: The source is none of these.
@@ -147,7 +157,8 @@ def load_tokenizer(source: Any = EMBEDDED) -> Tokenizer:
     if hasattr(source, "encode") and hasattr(source, "get_vocab"):
         return _from_hf(source, str(getattr(source, "name_or_path", "") or "tokenizer"), source)
     raise TypeError(
-        "tokenizer must be a folder, a hub name, 'embedded', a Hugging Face tokenizer or a textgym Tokenizer, got "
+        "tokenizer must be a folder, a hub name, 'embedded', a Hugging Face tokenizer or a textgym "
+        "Tokenizer, got "
         f"{type(source).__name__}"
     )
 
@@ -157,11 +168,12 @@ def symbol_tokenizer(
 ) -> Tokenizer:
     """Make a word-level tokenizer over a few symbols, for diagnostic environments.
 
-    Symbol `i` has id `i`; then comes `eos`, then `bos`, where they are not None. Text is symbols with single spaces
-    between them; strings are encoded without special tokens.
+    Symbol `i` has id `i`; then comes `eos`, then `bos`, where they are not None. Text is symbols
+    with single spaces between them; strings are encoded without special tokens, and a word that
+    is no symbol is an error.
 
     Raises:
-        ValueError: A symbol is empty, holds white space or appears twice.
+        ValueError: There is no symbol, or one is empty, holds white space or appears twice.
     """
     return _symbols(tuple(symbols), bos, eos)
 
@@ -169,13 +181,13 @@ def symbol_tokenizer(
 @lru_cache(maxsize=64)
 def _symbols(symbols: tuple[str, ...], bos: str | None, eos: str | None) -> Tokenizer:
     names = [*symbols, *(s for s in (eos, bos) if s is not None)]
-    if len(set(names)) != len(names) or any(not s or s.split() != [s] for s in names):
+    if not symbols or len(set(names)) != len(names) or any(s.split() != [s] for s in names):
         raise ValueError(
             f"symbols must be distinct words without white space, got {list(symbols)!r}"
         )
-    backend = tk.Tokenizer(
-        tk.models.WordLevel({s: i for i, s in enumerate(names)}, unk_token=names[0])
-    )
+    # The unknown token is in no vocabulary, so that an unknown word is an error.
+    words = {s: i for i, s in enumerate(names)}
+    backend = tk.Tokenizer(tk.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tk.pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([s for s in (eos, bos) if s is not None])
     return Tokenizer(
@@ -199,7 +211,7 @@ def _embedded() -> Tokenizer:
     backend = tk.Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = json.loads((folder / "tokenizer_config.json").read_text())
     generation = folder / "generation_config.json"
-    eos = [backend.token_to_id(config["eos_token"])]
+    eos = _as_list(backend.token_to_id(config["eos_token"]))
     if generation.exists():
         eos += _as_list(json.loads(generation.read_text()).get("eos_token_id"))
     bos = config.get("bos_token")
@@ -228,7 +240,8 @@ def _from_hf(hf: Any, name: str, recipe: Any, more_stop_ids: Sequence[int] = ())
     backend = getattr(hf, "backend_tokenizer", None)
     if not isinstance(backend, tk.Tokenizer):
         raise TypeError(
-            f"tokenizer {name!r} ({type(hf).__name__}) has no fast backend; textgym needs one that is backed by the "
+            f"tokenizer {name!r} ({type(hf).__name__}) has no fast backend; textgym needs one that "
+            "is backed by the "
             "`tokenizers` library (a tokenizer.json)"
         )
     eos = [] if hf.eos_token_id is None else _as_list(hf.eos_token_id)

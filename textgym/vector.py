@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from textgym.env import check_render_mode, checked_options, task_of
+from textgym.env import as_streams, check_render_mode, checked_options, rendered, row_info, task_of
 from textgym.mdp import Outcome, RowState, Task, TokenMDP
 
 Observations = dict[str, NDArray[np.int64]]
@@ -21,14 +21,16 @@ Bools = NDArray[np.bool_]
 class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]]):
     """N episodes side by side; row i of `reset(seed=s)` is `TextGenEnv` reset with `s + i`.
 
-    Spaces, rewards, ends and information are those of `TextGenEnv`, batched in Gymnasium's layout. The reward is called
-    once a step, with the rows that ended (all live rows where a schedule pays every token).
+    Spaces, rewards, ends and information are those of `TextGenEnv`, batched in Gymnasium's layout.
+    The reward is called once a step, with the rows that ended (all live rows where a schedule pays
+    every token).
 
     Args:
         task: What is played. Environments of the suite leave it out: their class names `make_task`.
         num_envs: Number of rows N.
-        autoreset_mode: `"NextStep"`, `"SameStep"` or `"Disabled"`, or Gymnasium's enum. With `"Disabled"` a finished row is
-            frozen: its observation stays, its flags are reported once and its actions are ignored until it is reset.
+        autoreset_mode: `"NextStep"`, `"SameStep"` or `"Disabled"`, or Gymnasium's enum. With
+            `"Disabled"` a finished row is frozen: its observation stays, its flags are reported
+            once and its actions are ignored until it is reset.
         copy: Return copies; with False the observations are views that the next step overwrites.
         max_episode_steps: Actions after which a row is truncated, as Gymnasium's `TimeLimit` does.
         render_mode: `"ansi"`: `render()` returns a tuple of N strings.
@@ -39,7 +41,7 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         TypeError: `make_task` has no such knob.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 10}
+    metadata: dict[str, Any] = {"render_modes": ["ansi"], "render_fps": 10}  # noqa: RUF012
 
     make_task: ClassVar[Callable[..., Task]] = Task
     masks_actions = False  # classes and wrappers whose `action_masks` forbids something say True
@@ -70,16 +72,18 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         self._seeded = False
         self._waiting = np.ones(num_envs, np.bool_)  # rows to reset at the next step, or frozen
         self._began = False
+        self._outcome: Outcome | None = None
 
-    def reset(  # type: ignore[override]
+    def reset(
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
         """Start episodes in all rows, or in those of `options["reset_mask"]`.
 
         Args:
             seed: Row i gets `seed + i`, or `seed[i]`; None goes on to each row's next episode.
-            options: `reset_mask` (bool `[N]`), `prompt_row` (int64 `[N]` or one for all) and `stream` (uint64 `[N]`); of the
-                latter two only the entries of rows that are reset count.
+            options: `reset_mask` (bool `[N]`), `prompt_row` (int64 `[N]` or one for all) and
+                `stream` (uint64 `[N]`); of the latter two only the entries of rows that are reset
+                count.
 
         Returns:
             Observations of all rows, and infos of those that were reset.
@@ -96,7 +100,7 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         self.mdp.begin(
             rows,
             None if prompt_row is None else self._per_row("prompt_row", prompt_row)[rows],
-            None if stream is None else self._per_row("stream", stream).astype(np.uint64)[rows],
+            None if stream is None else self._per_row("stream", as_streams(stream))[rows],
         )
         self._waiting[rows] = False
         self._began = True
@@ -120,7 +124,7 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         """
         waiting = self._waiting
         live = None if not waiting.any() or not self._began else ~waiting
-        outcome = self.mdp.step(actions, live)
+        outcome = self._outcome = self.mdp.step(actions, live)
         ended = outcome.terminated | outcome.truncated
         infos: dict[str, Any] = {}
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
@@ -140,11 +144,11 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
             self._waiting = waiting | ended
         return self._result(outcome, infos)
 
-    def render(self) -> tuple[str, ...] | None:  # type: ignore[override]
-        """Response so far of every row."""
+    def render(self) -> tuple[str, ...] | None:
+        """Prompt, response and reward so far of every row."""
         if self.render_mode != "ansi":
             return None
-        return tuple(self.mdp.response_text(i) for i in range(self.num_envs))
+        return tuple(rendered(self.mdp, i, self._last_info(i)) for i in range(self.num_envs))
 
     def action_masks(self) -> Bools:
         """Which actions are allowed, bool `[N, V]`; here all are."""
@@ -165,6 +169,12 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         self._seeded = self._began = True
         return self._observation()
 
+    def _last_info(self, row: int) -> dict[str, Any]:
+        """What the last step said of the episode that the row is in."""
+        if self._outcome is None or not self.mdp.steps[row]:
+            return {}
+        return row_info(self._outcome, row)
+
     def _seed(self, seed: int | list[int | None] | None, mask: Bools) -> None:
         if isinstance(seed, list | tuple | np.ndarray):
             if len(seed) != self.num_envs:
@@ -180,7 +190,7 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         if not self._seeded:
             self.mdp.seed[:] = self.np_random.integers(2**31, size=self.num_envs)
             self._seeded = True
-        self.mdp.seed[rows] = values
+        self.mdp.seed[rows] = np.array([v % 2**64 for v in values], np.uint64)
         self.mdp.episode[rows] = 0
 
     def _mask(self, mask: Any) -> Bools:
@@ -190,7 +200,9 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
             kind = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
             raise TypeError(f"options['reset_mask'] must be a bool array, got {kind}")
         if mask.shape != (self.num_envs,):
-            raise ValueError(f"options['reset_mask'] must have shape ({self.num_envs},), got {mask.shape}")
+            raise ValueError(
+                f"options['reset_mask'] must have shape ({self.num_envs},), got {mask.shape}"
+            )
         if not mask.any():
             raise ValueError("options['reset_mask'] must select at least one row")
         return mask
@@ -198,7 +210,9 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
     def _per_row(self, name: str, value: Any) -> NDArray[Any]:
         array = np.asarray(value)
         if array.shape not in ((), (self.num_envs,)):
-            raise ValueError(f"options[{name!r}] must be one number or {self.num_envs}, got shape {array.shape}")
+            raise ValueError(
+                f"options[{name!r}] must be one number or {self.num_envs}, got shape {array.shape}"
+            )
         return np.broadcast_to(array, (self.num_envs,))
 
     def _observation(self) -> Observations:
@@ -241,7 +255,9 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         if parts:
             infos["reward"], infos["_reward"] = parts, any_part
         failed = {
-            int(i): s for i, s, t in zip(rows, payment.status, take, strict=True) if t and s is not None
+            int(i): s
+            for i, s, t in zip(rows, payment.status, take, strict=True)
+            if t and s is not None
         }
         if failed:
             self._objects(infos, "reward_status", failed)
@@ -257,7 +273,9 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
     def _finals(self, infos: dict[str, Any], outcome: Outcome, ended: Bools) -> None:
         """Write `final_obs` and `final_info` of the rows that ended."""
         observed = self.mdp.observation(copy=False)
-        last = {int(i): {k: v[i].copy() for k, v in observed.items()} for i in np.flatnonzero(ended)}
+        last = {
+            int(i): {k: v[i].copy() for k, v in observed.items()} for i in np.flatnonzero(ended)
+        }
         self._objects(infos, "final_obs", last)
         final: dict[str, Any] = {}
         self._step_info(final, outcome, ended)
