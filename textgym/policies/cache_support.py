@@ -1,10 +1,11 @@
 """Which models the slot cache may be used with: asked of the model itself, not of a list of names.
 
-A list of model types would refuse every model newer than it and trust every variant of an old name (a Mistral with a
-sliding window is not one without). What the slot cache needs is that attention goes through `Cache.update`, that
-positions come from `position_ids`, and that a boolean or additive 4-D mask is obeyed. So the configuration is asked for
-what a short run cannot show (windows, recurrent layers, frequencies that change with the length), and then a short run
-is compared with the full forward.
+A list of model types would refuse every model newer than it and trust every variant of an old name
+(a Mistral with a sliding window is not one without). What the slot cache needs is that attention
+goes through `Cache.update`, that positions come from `position_ids`, and that a boolean or additive
+4-D mask is obeyed. So the configuration is asked for what a short run cannot show (windows,
+recurrent layers, frequencies that change with the length), and then a short run is compared with
+the full forward.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from textgym.policies.slot_cache import SlotDecoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Rotary frequencies that do not change with the length of the sequence; keys that are held stay valid.
+# Rotary frequencies that do not change with the length of the sequence; keys that are held stay
+# valid.
 _STEADY_ROPE = {"default", "linear", "llama3", "yarn", "proportional"}
 
 
@@ -45,7 +47,7 @@ def make_slot_decoder(base: PreTrainedModel, vocab_size: int) -> SlotDecoder | s
         return f"a trial run failed: {type(problem).__name__}: {problem}"
     tolerance = 1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2
     if not error <= tolerance:
-        return f"in a trial run its hidden states differ from those of the full forward by {error:.1e} (relative)"
+        return f"in a trial run it differs from the full forward by {error:.1e} (relative)"
     decoder.clear()
     return decoder
 
@@ -54,7 +56,7 @@ def _refuses(config: Any) -> str | None:
     """Say what in the configuration the slot cache cannot serve."""
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
-        return f'attention is "{attention}"; the slot cache needs attn_implementation="sdpa" or "eager"'
+        return f'its attention is "{attention}", not "sdpa" or "eager" (see attn_implementation=)'
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder"
     layer_types = set(getattr(config, "layer_types", None) or ())
@@ -74,7 +76,8 @@ def _refuses(config: Any) -> str | None:
 def _error(decoder: SlotDecoder, base: PreTrainedModel, vocab_size: int) -> float:
     """Largest difference from the full forward, relative to the hidden states' root mean square.
 
-    Ragged prefill, decode in and out of step, two tokens at once, a rewritten prefix, and a subset of rows.
+    Ragged prefill, decode in and out of step, two tokens at once, a rewritten prefix, and a subset
+    of rows.
     """
     rng = np.random.default_rng(0)
     ids = rng.integers(0, vocab_size, (3, 9))

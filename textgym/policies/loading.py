@@ -1,4 +1,4 @@
-"""Loading of Hugging Face causal LMs: device, dtype, LoRA, and the context length they can serve."""
+"""Loading of Hugging Face causal LMs: device, dtype, LoRA, and the context length."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`"auto"` is CUDA where there is a GPU, else the CPU (MPS only by name); anything else is itself."""
+    """`"auto"` is CUDA where there is a GPU, else the CPU (MPS only by name)."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
@@ -40,8 +40,8 @@ def load_model(
     Args:
         source: A model object (moved in place), a folder or a hub name.
         device: Where it is to live.
-        dtype: Of the weights. None keeps an object's own and loads a folder as float32, because a training step of
-            usual size is lost in the rounding of bfloat16 weights.
+        dtype: Of the weights. None keeps an object's own and loads a folder as float32, because a
+            training step of usual size is lost in the rounding of bfloat16 weights.
     """
     if isinstance(source, str | Path):
         from transformers import AutoModelForCausalLM
@@ -58,7 +58,8 @@ def add_lora(model: PreTrainedModel, lora: int | Mapping[str, Any] | Any, seed: 
 
     Args:
         model: The base model.
-        lora: The rank (scale 2, all linear layers), a mapping of `peft.LoraConfig` arguments, or a `LoraConfig`.
+        lora: The rank (scale 2, all linear layers), a mapping of `peft.LoraConfig` arguments, or a
+            `LoraConfig`.
         seed: Seed of the adapters' weights; torch's global generators are left as they were.
 
     Raises:
@@ -90,7 +91,7 @@ def add_lora(model: PreTrainedModel, lora: int | Mapping[str, Any] | Any, seed: 
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """Give a plain model with the adapters' effect in its weights; the argument is left as it was."""
+    """Give a plain model with the adapters merged into its weights; the argument stays as it is."""
     if not is_lora(model):
         return model  # type: ignore[no-any-return]
     import copy

@@ -12,8 +12,8 @@ from torch import Tensor
 class LogitHead:
     """The output layer of a Hugging Face causal LM, with what some families do to its logits.
 
-    It is compared once with the model's own logits, so that a family that does something else is refused at
-    construction and never scored wrongly.
+    It is compared once with the model's own logits, so that a family that does something else is
+    refused at construction and never scored wrongly.
 
     Args:
         model: The causal LM (its weights are read at each call, never copied).
@@ -61,7 +61,7 @@ class LogitHead:
             ours, theirs[0], rtol=1e-2, atol=1e-3
         ):
             raise ValueError(
-                f"model: the logits of {name} are not its output layer applied to its hidden states, "
-                "so they cannot be computed a chunk at a time; this family is not supported"
+                f"model: the logits of {name} are not its output layer applied to its hidden "
+                "states, so they cannot be computed a chunk at a time; this family is not supported"
             )
         return int(theirs.shape[-1])

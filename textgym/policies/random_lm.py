@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -30,7 +30,8 @@ def random_causal_lm(
         num_layers: Number of blocks.
         num_heads: Attention heads.
         num_kv_heads: Key-value heads (grouped-query attention); default `num_heads`. Llama only.
-        intermediate_size: Width of the feed-forward layer; default 8/3 (Llama) or 4 (GPT-2) times `hidden_size`.
+        intermediate_size: Width of the feed-forward layer; default 8/3 (Llama) or 4 (GPT-2) times
+            `hidden_size`.
         max_positions: Longest sequence.
         family: `"llama"` or `"gpt2"`.
         seed: Seed of the weights. torch's global generators are left as they were.
@@ -46,8 +47,8 @@ def random_causal_lm(
         raise ValueError(
             f"hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
         )
-    no_special_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    model: PreTrainedModel
+    no_special_ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    model: Any
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reset every GPU as well
         if family == "llama":
@@ -67,7 +68,7 @@ def random_causal_lm(
         else:
             if num_kv_heads not in (None, num_heads):
                 raise ValueError(
-                    f"GPT-2 has one key-value head a head: leave num_kv_heads out, got {num_kv_heads}"
+                    f"num_kv_heads: GPT-2 has as many as heads ({num_heads}), got {num_kv_heads}"
                 )
             model = GPT2LMHeadModel(
                 GPT2Config(
@@ -81,4 +82,5 @@ def random_causal_lm(
                     **no_special_ids,
                 )
             )
-    return model.eval()
+    model.eval()
+    return model  # type: ignore[no-any-return]

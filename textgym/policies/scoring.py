@@ -1,7 +1,7 @@
-"""Log-probabilities, entropies and divergences of tokens, from hidden states, a chunk of logits at a time.
+"""Log-probabilities, entropies and divergences of tokens, a chunk of logits at a time.
 
-A float copy of all logits [M, V] would be the largest tensor of training. Here one chunk of them exists at a time; under
-autograd each chunk is computed again in the backward pass (checkpointing).
+A float copy of all logits [M, V] would be the largest tensor of training. Here one chunk of them
+exists at a time; under autograd each chunk is computed again in the backward pass (checkpointing).
 
 Shapes: M tokens, D hidden size, V vocabulary.
 """
@@ -42,7 +42,8 @@ def score_tokens(
         chunk: Number of tokens whose logits exist at once.
 
     Returns:
-        Log-probabilities and entropies in nats, float32 [M]; None for the entropy when it was not asked for.
+        Log-probabilities and entropies in nats, float32 [M]; None for the entropy when it was not
+        asked for.
     """
 
     def part(some: Tensor, taken: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -116,6 +117,6 @@ def _masked(z: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size`; one empty slice when there is nothing, so that results keep their type."""
+    """Slices of at most `size`; one empty slice for nothing, so that results keep their type."""
     for begin in range(0, max(count, 1), size):
         yield slice(begin, begin + size)

@@ -1,10 +1,11 @@
 """Slot cache: keys and values of N sequences that grow, reset and are rewritten independently.
 
-Every environment row owns a slot with its own write position. A call names the ids of the rows; what a slot already
-holds is kept, what differs is prefilled, equal sequences are prefilled once and copied. Column and position agree,
-because every sequence starts at column 0.
+Every environment row owns a slot with its own write position. A call names the ids of the rows;
+what a slot already holds is kept, what differs is prefilled, equal sequences are prefilled once and
+copied. Column and position agree, because every sequence starts at column 0.
 
-The bookkeeping is on the host (NumPy), so a decode step on an accelerator waits for nothing but its tokens.
+The bookkeeping is on the host (NumPy), so a decode step on an accelerator waits for nothing but its
+tokens.
 
 Shapes: n rows of a call, L columns, D hidden size.
 """
@@ -13,136 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+
+from textgym.policies.slot_store import Ints, Plan, SlotStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Ints = NDArray[np.int64]
 PREFILL_TOKENS = 32_768  # the most padded tokens in one prefill forward; bounds its memory
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Where one forward writes and what it attends to.
-
-    `slots` [n] are written at the columns `pos` [n, m]. The keys read are those of the forward itself when `fresh`
-    (nothing came before), else the first `kv` columns of the slots; `start` is set when the slots are a range, so that
-    reading needs no copy, and `column` when all rows write the same single column.
-    """
-
-    slots: Tensor
-    pos: Tensor
-    kv: int
-    fresh: bool = False
-    start: int | None = None
-    column: int | None = None
-
-
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [slots, heads, columns, head size]."""
-
-    is_sliding = False
-
-    def __init__(self, store: SlotStore) -> None:
-        super().__init__()
-        self.store = store
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = self._empty(key_states), self._empty(value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
-
-    def _empty(self, like: Tensor) -> Tensor:
-        # Zeros, never uninitialised memory: a masked column has weight 0, and 0 * NaN would be NaN.
-        store = self.store
-        return like.new_zeros(store.num_slots, like.shape[1], store.num_columns, like.shape[3])
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        return self._write_read(self.keys, key_states), self._write_read(self.values, value_states)
-
-    def _write_read(self, held: Tensor, new: Tensor) -> Tensor:
-        plan = self.store.plan
-        n = new.shape[0]
-        if plan.column is not None and plan.start is not None:
-            held[plan.start : plan.start + n, :, plan.column] = new[:, :, 0]
-        else:
-            held[plan.slots[:, None], :, plan.pos] = new.transpose(1, 2)
-        if plan.fresh:
-            return new
-        if plan.start is not None:
-            return held[plan.start : plan.start + n, :, : plan.kv]
-        return held[plan.slots, :, : plan.kv]
-
-    def resize(self) -> None:
-        """Give the layer the store's present size, keeping what it holds."""
-        if self.keys is None or self.values is None:
-            return
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = self._empty(old)
-            new[: old.shape[0], :, : old.shape[2]] = old
-            setattr(self, name, new)
-
-    def drop(self) -> None:
-        """Free the memory."""
-        self.keys = self.values = None
-        self.is_initialized = False
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.store.plan.kv, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return self.store.num_columns
-
-
-class SlotStore(Cache):
-    """The tensors of the slot cache, in the form in which transformers models take a cache."""
-
-    plan: _Plan
-
-    def __init__(self, num_layers: int) -> None:
-        self.num_slots = 0
-        self.num_columns = 0
-        self.slot_layers = [_SlotLayer(self) for _ in range(num_layers)]
-        super().__init__(layers=list(self.slot_layers))
-
-    def grow(self, num_slots: int, num_columns: int) -> None:
-        """Make room for at least this many slots and columns."""
-        if num_slots > self.num_slots or num_columns > self.num_columns:
-            self.num_slots = max(num_slots, self.num_slots)
-            self.num_columns = max(num_columns, self.num_columns)
-            for layer in self.slot_layers:
-                layer.resize()
-
-    def copy(self, target: Ints, source: Ints, columns: int) -> None:
-        """Copy the first columns of the source slots into the target slots (which may overlap: read before written)."""
-        for layer in self.slot_layers:
-            for held in (layer.keys, layer.values):
-                if held is not None:
-                    to = torch.as_tensor(target, device=held.device)
-                    of = torch.as_tensor(source, device=held.device)
-                    held[to, :, :columns] = held[of, :, :columns]
-
-    def drop(self) -> None:
-        """Free the memory of all layers."""
-        for layer in self.slot_layers:
-            layer.drop()
 
 
 class SlotDecoder:
@@ -151,10 +34,11 @@ class SlotDecoder:
     `hidden(ids, length)` equals the full forward of every row, read at its last token.
 
     Args:
-        base: The model without its head: called with `input_ids`, `attention_mask` (4-D or None), `position_ids` and
-            `past_key_values`, it returns `last_hidden_state`.
+        base: The model without its head: called with `input_ids`, `attention_mask` (4-D or None),
+            `position_ids` and `past_key_values`, it returns `last_hidden_state`.
         num_layers: Number of layers that hold keys and values.
-        float_mask: Whether the attention adds its mask (eager) instead of taking a boolean one (sdpa).
+        float_mask: Whether the attention adds its mask (eager) instead of taking a boolean one
+            (sdpa).
     """
 
     def __init__(self, base: PreTrainedModel, num_layers: int, *, float_mask: bool) -> None:
@@ -220,7 +104,8 @@ class SlotDecoder:
             rows: [n].
 
         Returns:
-            Hidden state of the appended tokens, [n, D]. Until `note` says what they were, no ids match them.
+            Hidden state of the appended tokens, [n, D]. Until `note` says what they were, no ids
+            match them.
         """
         pos = self.held[rows]
         self._grow(int(rows.max()) + 1, int(pos.max()) + 1)
@@ -230,13 +115,13 @@ class SlotDecoder:
         self.held[rows] = pos + 1
         return hidden
 
-    def note(self, rows: Ints, columns: Ints, tokens: Ints) -> None:
-        """Tell which ids `append` wrote at the columns of the rows."""
-        self.tokens[rows, columns] = tokens
+    def note(self, rows: Ints, ids: Ints) -> None:
+        """Tell which ids [n, L] the rows hold after `append`."""
+        self.tokens[rows, : ids.shape[1]] = ids[:, : self.tokens.shape[1]]
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Forget everything when a forward is interrupted (Ctrl-C, no memory) with the slots half written."""
+        """Forget everything when a forward is interrupted (Ctrl-C, no memory) half-way."""
         try:
             yield
         except BaseException:
@@ -257,7 +142,7 @@ class SlotDecoder:
             # One spare column takes what the padding of a ragged prefill writes.
             self.store.grow(shape[0], shape[1] + 1)
 
-    def _forward(self, tokens: Tensor, plan: _Plan) -> Tensor:
+    def _forward(self, tokens: Tensor, plan: Plan) -> Tensor:
         self.store.plan = plan
         mask: Tensor | None = None
         if self.float_mask or not (plan.fresh or plan.column is not None):
@@ -283,7 +168,7 @@ class SlotDecoder:
             on_device = torch.from_numpy(order).to(tokens.device)
             tokens, pos, rows = tokens[on_device], pos[order], rows[order]
         first, kv = int(pos[0]), int(pos.max()) + 1
-        plan = _Plan(
+        plan = Plan(
             slots=torch.from_numpy(self.slot[rows]).to(tokens.device),
             pos=torch.from_numpy(pos[:, None]).to(tokens.device),
             kv=kv,
@@ -296,14 +181,16 @@ class SlotDecoder:
         return hidden
 
     def _place(self, rows: Ints, columns: int) -> tuple[int | None, Ints | None]:
-        """Find or make a range of slots for the rows, so that attention reads a view instead of a copy.
+        """Find or make a range of slots for the rows, so that attention reads a view, not a copy.
 
-        Rows that finish leave holes. Filling a hole moves one slot once, while reading around it copies every slot at
-        every step; but callers may also alternate between groups of rows, and then moving would never end. So slots
-        move only when few have to, or when the same rows come a second time.
+        Rows that finish leave holes. Filling a hole moves one slot once, while reading around it
+        copies every slot at every step; but callers may also alternate between groups of rows, and
+        then moving would never end. So slots move only when few have to, or when the same rows come
+        a second time.
 
         Returns:
-            The start of the range (None: no range) and the order in which the rows fill it (None: as they are).
+            The start of the range (None: no range) and the order in which the rows fill it (None:
+            as they are).
         """
         slots = self.slot[rows]
         n, low = len(rows), int(slots.min())
@@ -327,7 +214,7 @@ class SlotDecoder:
         return low, np.argsort(slots)
 
     def _prefill_all(self, ids: Ints, length: Ints, rows: Ints) -> Tensor:
-        """Compute whole sequences, equal ones once; returns the hidden state of each row's last token."""
+        """Compute whole sequences, equal ones once: the hidden states of their last tokens."""
         groups: dict[bytes, list[int]] = {}
         for i, stop in enumerate(length):
             groups.setdefault(ids[i, :stop].tobytes(), []).append(i)
@@ -363,7 +250,11 @@ class SlotDecoder:
             self._prefill(ids, keep[some], missing[some], some, rows)
 
     def _prefill(self, ids: Ints, keep: Ints, count: Ints, some: Ints, rows: Ints) -> Tensor:
-        """Forward `count` [k] tokens after the `keep` [k] held ones, for rows `some` of the call: [k, max count, D]."""
+        """Forward `count` [k] tokens after the `keep` [k] held ones, for rows `some` of a call.
+
+        Returns:
+            Hidden states [k, largest count, D].
+        """
         width = int(count.max())
         self.prefilled_rows += len(some)
         self.prefilled_tokens += int(count.sum())
@@ -372,9 +263,10 @@ class SlotDecoder:
         real = offset < count[:, None]
         columns = np.where(real, pos, 0)
         tokens = np.where(real, ids[some[:, None], columns], 0)
-        # Padding writes beyond the row's own columns, where nothing is held yet, and at most to the spare column.
+        # Padding writes beyond the row's own columns, where nothing is held yet, and at most to the
+        # spare column.
         pos = np.where(real, pos, np.minimum(pos, self.store.num_columns - 1))
-        plan = _Plan(
+        plan = Plan(
             slots=torch.from_numpy(self.slot[rows[some]]).to(self.device),
             pos=torch.from_numpy(pos).to(self.device),
             kv=int((keep + count).max()) if keep.any() else width,
@@ -386,7 +278,8 @@ class SlotDecoder:
 def _batches(count: Ints) -> list[Ints]:
     """Split sequences into prefill forwards with little padding: indices, the longest first.
 
-    A forward holds sequences at least a quarter as long as its longest one, up to `PREFILL_TOKENS` padded tokens.
+    A forward holds sequences at least a quarter as long as its longest one, up to `PREFILL_TOKENS`
+    padded tokens.
     """
     batches: list[Ints] = []
     order = np.argsort(-count, kind="stable")

@@ -1,9 +1,10 @@
-"""Notice that weights have changed, so that keys and values computed with the old ones are never used.
+"""Notice that weights have changed, so that keys and values of the old ones are never used.
 
-Token ids cannot tell. An in-place update raises a tensor's version (`optimizer.step`, `load_state_dict`, `copy_`), and a
-replaced parameter is another object: both are read before each use of the cache. Fused optimizers and writes through
-`.data` leave the version as it was, so every step of every torch optimizer is watched too. What remains (a write through
-`.data` outside an optimizer, adapters switched by hand) needs `invalidate_cache()`.
+Token ids cannot tell. An in-place update raises a tensor's version (`optimizer.step`,
+`load_state_dict`, `copy_`), and a replaced parameter is another object: both are read before each
+use of the cache. Fused optimizers and writes through `.data` leave the version as it was, so every
+step of every torch optimizer is watched too. What remains (a write through `.data` outside an
+optimizer, adapters switched by hand) needs `invalidate_cache()`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class WeightWatch:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._places: list[tuple[dict[str, Any], str]] = []
-        self._seen: tuple[tuple[int, int], ...] | None = None
+        self._seen: tuple[tuple[int, int, int], ...] | None = None
         _watches.add(self)
 
     def changed(self) -> bool:
@@ -38,7 +39,10 @@ class WeightWatch:
                 for name, parameter in module._parameters.items()
                 if parameter is not None
             ]
-        now = tuple((id(held[name]), held[name]._version) for held, name in self._places)
+        now = tuple(
+            (id(held[name]), held[name]._version, held[name].data_ptr())
+            for held, name in self._places
+        )
         if now == self._seen:
             return False
         self._seen = now

@@ -1,0 +1,182 @@
+"""The language model inside a policy: hidden states, logits, values, and the slot cache."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from textgym.policies.cache_support import make_slot_decoder
+from textgym.policies.loading import (
+    add_lora,
+    context_length,
+    is_lora,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+)
+from textgym.policies.logits import LogitHead
+from textgym.policies.slot_cache import SlotDecoder
+from textgym.policies.slot_store import Ints
+from textgym.policies.weight_watch import WeightWatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Backbone(nn.Module):
+    """A causal language model, always in eval mode, with an optional value head and a slot cache.
+
+    Args:
+        model: A Hugging Face causal LM, or the folder or hub name of one.
+        vocab_size: V; default all logits of the model.
+        device: `"auto"` or a torch device.
+        dtype: Of the weights.
+        lora: What adapters to add.
+        seed: Seed of the adapters' weights.
+        value_head: Whether to add a linear value head, which starts at zero.
+    """
+
+    _watch: WeightWatch | None
+    _decoder: SlotDecoder | None
+    _no_cache: bool
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path,
+        *,
+        vocab_size: int | None,
+        device: str | torch.device,
+        dtype: str | torch.dtype | None,
+        lora: int | Mapping[str, Any] | Any | None,
+        seed: int,
+        value_head: bool,
+    ) -> None:
+        super().__init__()
+        loaded = load_model(model, resolve_device(device), resolve_dtype(dtype))
+        self.model: Any = loaded if lora is None else add_lora(loaded, lora, seed)
+        self._adapters_off = False
+        self._head = LogitHead(self._core)
+        self.vocab_size = self._head.size if vocab_size is None else vocab_size
+        if not 0 < self.vocab_size <= self._head.size:
+            raise ValueError(
+                f"vocab_size: expected at most the {self._head.size} logits of the model, "
+                f"got {self.vocab_size}; use the tokenizer that belongs to the model, "
+                "or resize the model's embeddings"
+            )
+        self.context_length: int | None = context_length(self._core.config)
+        self.value_head: nn.Linear | None = None
+        if value_head:
+            hidden_size = self._core.get_output_embeddings().weight.shape[1]
+            self.value_head = nn.Linear(hidden_size, 1, device=self.device, dtype=torch.float32)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        self._reset_cache()
+        self.eval()
+
+    @property
+    def _core(self) -> Any:
+        """The Hugging Face model under any adapters."""
+        return self.model.get_base_model() if is_lora(self.model) else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        device: torch.device = self._core.device
+        return device
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: dropout would make the first ratio of PPO differ from 1."""
+        return super().train(False)
+
+    @contextmanager
+    def _forward_mode(self) -> Iterator[None]:
+        """Eval mode, and adapters off in the frozen copy of a LoRA policy."""
+        if self._core.training:  # somebody called model.train()
+            self.model.eval()
+        with self.model.disable_adapter() if self._adapters_off else nullcontext():
+            yield
+
+    def _raw_logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [n, V] of hidden states [n, D], the model's surplus ones dropped."""
+        return self._head(hidden)[:, : self.vocab_size].float()
+
+    def _values(self, hidden: Tensor) -> Tensor | None:
+        """Values, float32 [n], of hidden states [n, D]; None without a value head."""
+        if self.value_head is None:
+            return None
+        value: Tensor = self.value_head(hidden.float())[:, 0]
+        return value
+
+    def _hidden_all(self, ids: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of right-padded ids [B, T].
+
+        Causal attention never looks to the right, so that padding needs no mask.
+        """
+        # A mask of ones changes nothing; without one some models look for padding ids and warn.
+        ones = torch.ones_like(ids)
+        hidden: Tensor = self._core.base_model(
+            input_ids=ids, attention_mask=ones, use_cache=False
+        ).last_hidden_state
+        return hidden
+
+    def _hidden_last(self, ids: Ints, length: Ints, rows: Ints) -> Tensor:
+        """Hidden state [n, D] of each row's last token, through the slot cache where it works."""
+        decoder = self._slot_decoder()
+        if decoder is not None:
+            return decoder.hidden(ids, length, rows)
+        longest = int(length.max())
+        inside = np.arange(longest) < length[:, None]
+        tokens = torch.from_numpy(np.where(inside, ids[:, :longest], 0)).to(self.device)
+        return self._hidden_all(tokens)[torch.arange(len(ids)), torch.from_numpy(length - 1)]
+
+    def _slot_decoder(self) -> SlotDecoder | None:
+        """The slot cache, empty if the weights have changed; None where the model refuses it."""
+        if self._no_cache:
+            return None
+        if self._decoder is None or self._watch is None:
+            made = make_slot_decoder(self._core.base_model, self.vocab_size)
+            if isinstance(made, str):
+                self._no_cache = True
+                warnings.warn(
+                    f"{type(self._core).__name__} runs without the slot cache, "
+                    f"with a full forward for every token: {made}",
+                    UserWarning,
+                    stacklevel=4,
+                )
+                return None
+            self._decoder, self._watch = made, WeightWatch(self.model)
+        if self._watch.changed():
+            self._decoder.clear()
+        return self._decoder
+
+    def _reset_cache(self) -> None:
+        self._watch = None
+        self._decoder = None
+        self._no_cache = False
+
+    def invalidate_cache(self) -> None:
+        """Forget all cached keys and values.
+
+        Needed only when weights change in a way that nothing shows: a write into `.data` outside an
+        optimizer, or adapters switched by hand.
+        """
+        if self._decoder is not None:
+            self._decoder.clear()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._reset_cache()  # to another device or dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of copies and pickles."""
+        state = self.__dict__.copy()
+        state.update(_watch=None, _decoder=None, _no_cache=False)
+        return state

@@ -1,0 +1,80 @@
+"""What a policy gives back, and how it leaves the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class ActResult(NamedTuple):
+    """What `act` chose for n rows."""
+
+    action: NDArray[np.int64]
+    """[n] token ids."""
+    logprob: NDArray[np.float32]
+    """[n] their log-probabilities under the distribution that was sampled, nats."""
+    value: NDArray[np.float32]
+    """[n] state values; 0 without a value head."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Responses of n rows; entries at and beyond `count` are 0."""
+
+    tokens: NDArray[np.int64]
+    """[n, T] token ids."""
+    logprob: NDArray[np.float32]
+    """[n, T] log-probabilities, nats."""
+    value: NDArray[np.float32]
+    """[n, T] values of the states in which the tokens were drawn."""
+    count: NDArray[np.int64]
+    """[n] number of tokens, the stop id included."""
+
+
+class Evaluation(NamedTuple):
+    """Scores of M action tokens, float32, differentiable."""
+
+    logprob: Tensor
+    """[M], nats."""
+    value: Tensor | None
+    """[M], or None without a value head."""
+    entropy: Tensor | None
+    """[M], nats, or None when it was not asked for."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One token for each of n rows, still on the device."""
+
+    action: Tensor
+    logprob: Tensor
+    value: Tensor
+
+    def take(self, index: Tensor) -> Drawn:
+        """The rows of an index."""
+        return Drawn(self.action[index], self.logprob[index], self.value[index])
+
+
+def to_host(steps: list[Drawn]) -> ActResult:
+    """Fetch k steps of n rows in one transfer, each field [k, n].
+
+    Raises:
+        FloatingPointError: When a log-probability or value is not finite.
+    """
+    fields = [
+        torch.stack([s.action.double(), s.logprob.double(), s.value.double()]) for s in steps
+    ]  # float64 holds ids exactly
+    host = torch.stack(fields, 1).cpu().numpy()
+    if not np.isfinite(host[1:]).all():
+        raise FloatingPointError(
+            "the policy's logits or values are not finite: its weights hold NaN or infinity, "
+            "or overflow in their dtype"
+        )
+    return ActResult(
+        host[0].astype(np.int64), host[1].astype(np.float32), host[2].astype(np.float32)
+    )
