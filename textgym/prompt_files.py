@@ -94,7 +94,9 @@ def _read_csv(path: Path, delimiter: str = ",") -> list[Any]:
             try:
                 return _csv_rows(reader, path.name)
             except csv.Error as error:
-                raise ValueError(f"{path.name}: line {reader.line_num}: {error}") from None
+                raise ValueError(
+                    f"{path.name}: the row that begins in line {reader.line_num + 1}: {error}"
+                ) from None
     finally:
         csv.field_size_limit(limit)
 
