@@ -2,7 +2,7 @@
 
     <folder>/step-00000040/            a whole checkpoint; a rename at the end names it
         checkpoint.json                step, whether it was the best so far, format
-        state.pt                       optimizer, counters, random generators: plain values and tensors
+        state.pt                       optimizer, counters, queues: plain values and tensors
         policy/ ...                    whatever the caller wrote (weights as safetensors)
     <folder>/.writing-step-00000060/   left by a killed process; the next save removes it
 
@@ -215,7 +215,7 @@ def _listing(folder: Path) -> list[tuple[int, int, Path]]:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` and the best; a rename comes first, so none is half there."""
+    """Remove all but the newest `keep` and the best, by a rename first: none is ever half there."""
     paths = [path for _, _, path in _listing(folder)]
     best = best_checkpoint(folder)
     for path in paths[:-keep]:

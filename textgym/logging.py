@@ -43,10 +43,11 @@ GLOSSARY: dict[str, str] = {
     "loss/nll": "negative log-likelihood of the reference responses, nats per token (SFT)",
     "policy/entropy": "mean entropy of the sampling distribution per action token, nats",
     "policy/logprob": "mean log-probability of the sampled tokens, nats per token",
-    "ppo/approx_kl": "k3 estimate of KL(old || new) after the update's steps, nats per token",
+    "ppo/approx_kl": "k3 of KL(old || new), mean over the update's minibatches, nats per token",
     "ppo/clip_fraction": "share of action tokens whose ratio lies outside the clip range",
-    "ppo/epochs": "epochs done before the target KL stopped the update",
-    "value/explained_variance": "share of the variance of returns that the values explain; 1 is best",
+    "ppo/first_ratio_error": "largest |ratio - 1| before the first step; 0: learner equals sampler",
+    "ppo/epochs": "epochs begun before the target KL stopped the update",
+    "value/explained_variance": "share of the returns' variance that the values explain; 1 is best",
     "baseline/value": "moving-average baseline that this batch was judged by",
     "optim/grad_norm": "global gradient norm before clipping, mean over the update's steps",
     "optim/lr": "learning rate of the update's last step",
@@ -64,7 +65,7 @@ GLOSSARY: dict[str, str] = {
     "eval/unscored": "share of held-out episodes without a score",
     "eval/nll": "negative log-likelihood of held-out reference responses, nats per token",
     "eval/perplexity": "exp of eval/nll",
-    "eval/best": "best held-out result so far (highest reward; SFT: lowest nll)",
+    "eval/best": "best held-out score so far: reward, or minus the nll (SFT)",
 }
 """Meaning of every metric, by name."""
 
@@ -148,7 +149,8 @@ class RunLogger:
                 from torch.utils.tensorboard import SummaryWriter
 
                 # Events of a killed run's lost updates lie after this step: hide them.
-                self._writer = SummaryWriter(str(self.folder / EVENTS), purge_step=step)  # type: ignore[operator]
+                assert self.folder is not None
+                self._writer = SummaryWriter(str(self.folder / EVENTS), purge_step=step)
             for name, value in numbers.items():
                 if math.isfinite(value):
                     self._writer.add_scalar(name, value, step)

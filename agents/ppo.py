@@ -1,0 +1,442 @@
+"""PPO: several clipped gradient steps on each batch of responses, with a learned value function.
+
+Schulman et al. 2017, "Proximal policy optimization algorithms", as it is used on language models
+by Ziegler et al. 2019 and Stiennon et al. 2020.
+
+Where this departs from Schulman et al. 2017:
+
+1. A batch is whole episodes: a fixed number of responses is started and all of them are finished;
+   no episode spans an update, and minibatches are whole sequences.
+2. A price per token for leaving a frozen reference is subtracted from the reward (k1; fixed, or
+   adapted to a target), where the paper's adaptive KL penalty is toward the last policy.
+3. Gamma is 1 by default: the horizon is part of the task and is observed.
+4. Advantages are whitened over the action tokens of the whole batch, not of each minibatch.
+5. Losses are summed over action tokens and divided by the number of action tokens of the batch
+   (`normaliser="token"`); a minibatch counts by its share of them.
+6. The value head is a linear layer on the language model's last hidden state, starts at zero and
+   shares the trunk; its loss is clipped as well (`vf_clip_coef`).
+7. An update ends early when a minibatch's approximate KL to the sampling policy exceeds
+   1.5 x `target_kl` (off by default); that minibatch's step is not taken.
+8. Adam's epsilon is 1e-5 and gradients are clipped (Huang et al. 2022).
+9. Unscored episodes, and cut ones if asked (`cut="mask"`), have no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from textgym.kl import kl_per_response
+from textgym.learning import (
+    Cut,
+    GuardedOptimizer,
+    Means,
+    RewardScale,
+    adapt,
+    check_positive,
+    check_scored,
+    check_setup,
+    exact_kl,
+    kl_controller,
+    learned_weights,
+    learning_rate,
+    microbatches,
+    reference_k1,
+    rollout_metrics,
+    sample_records,
+    shape_rewards,
+    spread,
+    to_device,
+)
+from textgym.losses import (
+    Normaliser,
+    clipped_surrogate_loss,
+    clipped_value_loss,
+    entropy_loss,
+    token_weights,
+    value_loss,
+)
+from textgym.returns import FloatArray, IntArray, explained_variance, gae, whiten
+from textgym.rollout import PromptQueue, collect
+from textgym.runs import Result, Run, Stateful, evaluate_policy
+from textgym.streams import generator, mix64
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from textgym.episodes import Episodes
+    from textgym.policies import CausalLMPolicy
+    from textgym.vector import TextGenVectorEnv
+
+_QUEUE, _ROLLOUT, _SCALE, _SHUFFLE = 1, 2, 3, 4  # keys that the run's seed is hashed with
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """What PPO does; every number of it."""
+
+    seed: int = 0
+    """Seed of prompts, draws and shuffles."""
+    episodes: int = 64
+    """Episodes of an update."""
+    group_size: int = 1
+    """Episodes that share a prompt."""
+    path: Literal["step", "sequence"] = "step"
+    """How responses are sampled; both give the same tokens (see `collect`)."""
+    epochs: int = 4
+    """Passes over each batch."""
+    minibatches: int = 4
+    """Gradient steps of a pass, on equal numbers of whole sequences."""
+    microbatch: int | None = None
+    """Sequences in one forward; None: a minibatch. Changes memory, not results."""
+    lr: float = 1e-4
+    """Highest learning rate."""
+    warmup_updates: int = 0
+    """Updates of linear warm-up."""
+    lr_final: float = 1.0
+    """Learning rate at the end, as a share of `lr`; decays linearly over tokens."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    gamma: float = 1.0
+    """Discount per action."""
+    gae_lambda: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    clip_coef: float = 0.2
+    """Ratios are clipped to 1 - this .. 1 + this."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    vf_clip_coef: float | None = 0.2
+    """How far the value may move in an update, in units of return; None: any way."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    whiten: bool = True
+    """Whether advantages are given mean 0 and standard deviation 1 over action tokens."""
+    normaliser: Normaliser = "token"
+    """What the sum over tokens is divided by."""
+    target_kl: float | None = None
+    """Approximate KL to the sampling policy, nats per token, at 1.5 times which an update ends."""
+    kl_coef: float = 0.0
+    """Price of one nat of KL to the reference; with `kl_target`, its first value."""
+    kl_target: float | None = None
+    """KL in nats per response that the price is adapted to; None: a fixed price."""
+    kl_horizon: float = 10_000
+    """Episodes over which the price adapts."""
+    exact_kl_episodes: int = 32
+    """Episodes of each batch on which the exact KL is measured; 0: none."""
+    cut: Cut = "keep"
+    """Whether responses cut by the token budget are learned from ("keep") or not ("mask")."""
+    cut_penalty: float = 0.0
+    """Subtracted from the reward of a cut response."""
+    scale_episodes: int = 0
+    """Samples of the reference by which rewards get mean 0 and variance 1; 0: as they are."""
+    eval_every: int = 10
+    """Updates between held-out evaluations; 0: only before and after."""
+    eval_episodes: int = 64
+    """Held-out prompts of an evaluation."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept; the best is kept besides."""
+    samples: int = 4
+    """Responses written to samples.jsonl at every evaluation."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        check_positive(self, "episodes", "group_size", "epochs", "minibatches")
+        check_positive(self, "checkpoint_every", "keep", "eval_episodes")
+
+
+Advantage = Callable[["Episodes", FloatArray, PPOConfig], tuple[FloatArray, FloatArray]]
+"""`f(episodes, shaped_rewards [M], config)` -> advantages [M] and value targets [M]."""
+
+
+def gae_advantage(
+    episodes: Episodes, rewards: FloatArray, config: PPOConfig
+) -> tuple[FloatArray, FloatArray]:
+    """Generalised advantage estimates and lambda-returns; bootstraps truncated episodes only."""
+    return gae(
+        rewards,
+        episodes.value,
+        episodes.offsets,
+        terminated=episodes.terminated,
+        last_value=episodes.bootstrap_value,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+    )
+
+
+class PPO:
+    """The agent; `learn` trains `policy` in place."""
+
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        envs: TextGenVectorEnv,
+        config: PPOConfig | None = None,
+        *,
+        eval_envs: TextGenVectorEnv | None = None,
+        reference: CausalLMPolicy | None = None,
+        folder: str | Path | None = None,
+        advantage: Advantage = gae_advantage,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            policy: What is trained; needs a value head.
+            envs: Made with `autoreset_mode="Disabled"`.
+            config: Default: `PPOConfig()`.
+            eval_envs: Held-out prompts, made likewise; None: no evaluation.
+            reference: What `kl_coef` prices the distance to. None: the policy as it is now, where
+                there is a price.
+            folder: Where logs and checkpoints go; None: nowhere.
+            advantage: Advantages and value targets of a batch.
+
+        Raises:
+            ValueError: If the parts do not fit (see `textgym.learning.check_setup`).
+        """
+        self.config = cfg = config or PPOConfig()
+        self.policy, self.envs, self.eval_envs, self.folder = policy, envs, eval_envs, folder
+        if reference is None and (cfg.kl_coef > 0 or cfg.kl_target is not None):
+            reference = policy.frozen_copy()
+        self.reference = reference
+        self.advantage = advantage
+        for each in (envs, eval_envs):
+            if each is not None:
+                check_setup(policy, each, gamma=cfg.gamma, reference=reference, needs_values=True)
+        self.task = envs.unwrapped.task
+        self.optimizer = GuardedOptimizer(
+            policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay
+        )
+        self.queue = PromptQueue(len(self.task.prompts), int(mix64(cfg.seed, _QUEUE)))
+        self.kl = kl_controller(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+        self.scale = RewardScale()
+
+    def learn(
+        self,
+        total_tokens: int,
+        *,
+        resume: bool = False,
+        quiet: bool = False,
+        max_updates: int | None = None,
+    ) -> Result:
+        """Train until `total_tokens` action tokens were sampled.
+
+        Args:
+            total_tokens: Of the whole run, unscored and discarded ones counted.
+            resume: Go on from the newest checkpoint in `folder`, if there is one.
+            quiet: No progress on standard error.
+            max_updates: End this call, not the run, after so many updates.
+
+        Raises:
+            UnscoredError: If more than 20 % of a batch has no score.
+            NonFiniteError: If five steps in a row were not finite.
+        """
+        cfg, rollout_seed = self.config, int(mix64(self.config.seed, _ROLLOUT))
+        parts: dict[str, Stateful] = {
+            "optimizer": self.optimizer,
+            "queue": self.queue,
+            "kl": self.kl,
+            "scale": self.scale,
+        }
+        with Run(
+            "PPO",
+            self.policy,
+            cfg,
+            parts,
+            folder=self.folder,
+            total_tokens=total_tokens,
+            resume=resume,
+            quiet=quiet,
+            max_updates=max_updates,
+            evaluate=None if self.eval_envs is None else self._evaluate,
+            reference=self.reference,
+            tokenizer=self.task.tokenizer,
+        ) as run:
+            if cfg.scale_episodes and not run.resumed:
+                run.counters.tokens += self._fit_scale()
+            run.begin()
+            while run.wants_more:
+                groups = cfg.episodes // cfg.group_size
+                episodes = collect(
+                    self.policy,
+                    self.envs,
+                    cfg.episodes,
+                    group_size=cfg.group_size,
+                    seed=rollout_seed,
+                    first_episode=run.counters.groups,
+                    prompt_rows=self.queue.take(groups),
+                    path=cfg.path,
+                )
+                run.rollout_done()
+                check_scored(episodes)
+                lr = learning_rate(
+                    cfg.lr,
+                    run.counters.update,
+                    run.progress,
+                    warmup_updates=cfg.warmup_updates,
+                    final=cfg.lr_final,
+                )
+                self.optimizer.set_lr(lr)
+                run.counters.groups += groups
+                shaped, metrics = self._shape(episodes)
+                metrics |= self._update(episodes, shaped, run.counters.update)
+                metrics |= {"optim/lr": lr, "optim/skipped": self.optimizer.skipped}
+                samples = partial(self._samples, episodes, shaped)
+                run.finish_update(metrics, episodes.num_tokens, samples)
+            return run.result()
+
+    def _shape(self, episodes: Episodes) -> tuple[FloatArray, dict[str, float]]:
+        """Rewards with the price of KL, and what to log of it."""
+        cfg, metrics = self.config, rollout_metrics(episodes)
+        beta, kl = self.kl.beta, None
+        if self.reference is not None:
+            kl = reference_k1(self.reference, episodes, cfg.microbatch)
+            metrics["kl/beta"] = beta
+            metrics["kl/ref"] = kl_per_response(kl, episodes.offsets, episodes.weight)
+            if cfg.exact_kl_episodes:
+                metrics["kl/ref_exact"] = exact_kl(
+                    self.policy, self.reference, episodes, cfg.exact_kl_episodes, cfg.microbatch
+                )
+            adapt(self.kl, metrics["kl/ref"], episodes)
+        shaped = shape_rewards(
+            episodes, kl, beta=beta, scale=self.scale, cut_penalty=cfg.cut_penalty
+        )
+        return shaped, metrics
+
+    def _update(self, episodes: Episodes, shaped: FloatArray, update: int) -> dict[str, float]:
+        """Epochs of minibatch steps on one batch."""
+        cfg, device = self.config, self.policy.device
+        weights = learned_weights(episodes, cfg.cut)
+        token_weight = np.repeat(weights, episodes.lengths)
+        advantages, returns = self.advantage(episodes, shaped, cfg)
+        metrics = {
+            "policy/logprob": float(episodes.logprob.mean()),
+            "value/explained_variance": explained_variance(episodes.value, returns, token_weight),
+        }
+        usable = np.flatnonzero(weights > 0)
+        if not len(usable):
+            return metrics
+        if cfg.whiten:
+            advantages = whiten(advantages, token_weight)
+        steps = min(cfg.minibatches, len(usable))
+        # Normalised over the batch, once; a minibatch is `steps` times its part of that sum.
+        per_token = steps * token_weights(
+            episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens
+        )
+        batch = _Batch(
+            *(
+                to_device(x, device)
+                for x in (per_token, advantages, returns, episodes.logprob, episodes.value)
+            )
+        )
+        means, stop, taken, epoch = Means(), False, 0, 0
+        for epoch in range(cfg.epochs):
+            order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)
+            for part in np.array_split(order, steps):
+                found = self._gradient(
+                    episodes, batch, part, entropy=cfg.ent_coef != 0 or not epoch
+                )
+                if not taken:
+                    metrics["ppo/first_ratio_error"] = found["ratio_error"]
+                if cfg.target_kl is not None and found["approx_kl"] > 1.5 * cfg.target_kl:
+                    self.optimizer.zero_grad()
+                    stop = True
+                    break
+                norm = self.optimizer.step(found["loss"])
+                taken += 1
+                means.add(
+                    loss__policy=found["policy"],
+                    loss__value=found["value"],
+                    ppo__approx_kl=found["approx_kl"],
+                    ppo__clip_fraction=found["clip_fraction"],
+                    optim__grad_norm=norm,
+                    policy__entropy=found["entropy"],
+                )
+            if stop:
+                break
+        return metrics | means.result() | {"ppo/epochs": epoch + 1, "optim/steps": taken}
+
+    def _gradient(
+        self, episodes: Episodes, batch: _Batch, minibatch: IntArray, *, entropy: bool
+    ) -> dict[str, float]:
+        """Accumulate the gradient of one minibatch; returns its losses and what to watch."""
+        cfg = self.config
+        sums, means = dict.fromkeys(("loss", "policy", "value"), 0.0), Means()
+        worst = 0.0
+        for part in microbatches(minibatch, episodes, cfg.microbatch):
+            tokens = episodes.tokens(part)
+            new = self.policy.evaluate(episodes.batch(part, self.policy.device), entropy=entropy)
+            assert new.value is not None
+            w, old = batch.weight[tokens], batch.logprob[tokens]
+            surrogate = clipped_surrogate_loss(
+                new.logprob, old, batch.advantage[tokens], w, clip_coef=cfg.clip_coef
+            )
+            if cfg.vf_clip_coef is None:
+                v_loss = value_loss(new.value, batch.returns[tokens], w)
+            else:
+                v_loss = clipped_value_loss(
+                    new.value,
+                    batch.value[tokens],
+                    batch.returns[tokens],
+                    w,
+                    clip_coef=cfg.vf_clip_coef,
+                )
+            loss = surrogate.loss + cfg.vf_coef * v_loss
+            if cfg.ent_coef and new.entropy is not None:
+                loss = loss + cfg.ent_coef * entropy_loss(new.entropy, w)
+            loss.backward()  # type: ignore[no-untyped-call]
+            for name, value in (("loss", loss), ("policy", surrogate.loss), ("value", v_loss)):
+                sums[name] += float(value.detach())
+            means.add(
+                len(tokens),
+                approx_kl=float(surrogate.approx_kl),
+                clip_fraction=float(surrogate.clip_fraction),
+            )
+            if new.entropy is not None:
+                means.add(len(tokens), entropy=float(new.entropy.detach().mean()))
+            worst = max(worst, float((new.logprob.detach() - old).exp().sub(1.0).abs().max()))
+        nothing = dict.fromkeys(("approx_kl", "clip_fraction", "entropy"), float("nan"))
+        return nothing | means.result() | sums | {"ratio_error": worst}
+
+    def _fit_scale(self) -> int:
+        """Fit the reward's scale on samples of the reference; returns their tokens."""
+        cfg = self.config
+        found = collect(
+            self.reference or self.policy,
+            self.envs,
+            cfg.scale_episodes,
+            seed=int(mix64(cfg.seed, _SCALE)),
+        )
+        check_scored(found)
+        self.scale.fit(found.scores, found.weight)
+        return found.num_tokens
+
+    def _evaluate(self) -> tuple[dict[str, float], float]:
+        cfg = self.config
+        assert self.eval_envs is not None
+        metrics, _ = evaluate_policy(
+            self.policy, self.eval_envs, cfg.eval_episodes, seed=cfg.seed, path=cfg.path
+        )
+        return metrics, metrics["eval/reward_mean"]
+
+    def _samples(self, episodes: Episodes, shaped: FloatArray) -> Iterator[dict[str, Any]]:
+        chosen = spread(len(episodes), self.config.samples)
+        return sample_records(episodes, self.task.tokenizer, chosen, shaped)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the losses need of each action token, float32 [M] on the policy's device."""
+
+    weight: Tensor
+    advantage: Tensor
+    returns: Tensor
+    logprob: Tensor
+    value: Tensor

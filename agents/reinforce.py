@@ -1,0 +1,367 @@
+"""REINFORCE: the policy gradient itself, with a baseline.
+
+Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement
+learning". Each update samples a batch of responses, and raises the log-probability of each token by
+its return-to-go minus a baseline, once.
+
+Where this departs from the paper:
+
+1. The return of a token is the discounted sum of rewards from it on, not the whole episode's.
+2. The sum over tokens is divided by episodes x `max_new_tokens`, a constant, so that the gradient
+   is proportional to the policy gradient; see `textgym.losses.token_weights`.
+3. Adam with clipped gradients in place of plain gradient ascent.
+4. A price per token for leaving a frozen reference (`kl_coef`), paid through the reward.
+5. An entropy bonus (`ent_coef`; off).
+6. Unscored episodes, and cut ones if asked (`cut="mask"`), have no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from textgym.kl import kl_per_response
+from textgym.learning import (
+    Cut,
+    GuardedOptimizer,
+    Means,
+    RewardScale,
+    adapt,
+    check_positive,
+    check_scored,
+    check_setup,
+    exact_kl,
+    kl_controller,
+    learned_weights,
+    learning_rate,
+    microbatches,
+    reference_k1,
+    rollout_metrics,
+    sample_records,
+    shape_rewards,
+    spread,
+    to_device,
+)
+from textgym.losses import (
+    Normaliser,
+    entropy_loss,
+    policy_gradient_loss,
+    token_weights,
+    value_loss,
+)
+from textgym.returns import (
+    FloatArray,
+    MovingAverageBaseline,
+    discounted_returns,
+    explained_variance,
+    whiten,
+)
+from textgym.rollout import PromptQueue, collect
+from textgym.runs import Result, Run, Stateful, evaluate_policy
+from textgym.streams import mix64
+
+if TYPE_CHECKING:
+    from textgym.episodes import Episodes
+    from textgym.policies import CausalLMPolicy
+    from textgym.vector import TextGenVectorEnv
+
+_QUEUE, _ROLLOUT, _SCALE = 1, 2, 3  # keys of what the run's seed is hashed with
+
+
+@dataclass(frozen=True)
+class REINFORCEConfig:
+    """What REINFORCE does; every number of it."""
+
+    seed: int = 0
+    """Seed of prompts and draws."""
+    episodes: int = 64
+    """Episodes of an update."""
+    group_size: int = 1
+    """Episodes that share a prompt."""
+    path: Literal["step", "sequence"] = "step"
+    """How responses are sampled; both give the same tokens (see `collect`)."""
+    lr: float = 1e-4
+    """Highest learning rate."""
+    warmup_updates: int = 0
+    """Updates of linear warm-up."""
+    lr_final: float = 1.0
+    """Learning rate at the end, as a share of `lr`; decays linearly over tokens."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    microbatch: int | None = None
+    """Sequences in one forward; None: all. Changes memory, not results."""
+    baseline: Literal["none", "moving_average", "learned"] = "moving_average"
+    """What is subtracted from returns: nothing, their running mean, or the value head."""
+    baseline_decay: float = 0.9
+    """Share of the old mean in the running mean, per update."""
+    vf_coef: float = 0.1
+    """Weight of the value loss (baseline learned)."""
+    gamma: float = 1.0
+    """Discount per action."""
+    whiten: bool = False
+    """Whether advantages are given mean 0 and standard deviation 1 over action tokens."""
+    normaliser: Normaliser = "constant"
+    """What the sum over tokens is divided by; only "constant" gives the policy gradient."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    kl_coef: float = 0.0
+    """Price of one nat of KL to the reference; with `kl_target`, its first value."""
+    kl_target: float | None = None
+    """KL in nats per response that the price is adapted to; None: a fixed price."""
+    kl_horizon: float = 10_000
+    """Episodes over which the price adapts."""
+    exact_kl_episodes: int = 32
+    """Episodes of each batch on which the exact KL is measured; 0: none."""
+    cut: Cut = "keep"
+    """Whether responses cut by the token budget are learned from ("keep") or not ("mask")."""
+    cut_penalty: float = 0.0
+    """Subtracted from the reward of a cut response."""
+    scale_episodes: int = 0
+    """Samples of the first policy by which rewards get mean 0 and variance 1; 0: as they are."""
+    eval_every: int = 10
+    """Updates between held-out evaluations; 0: only before and after."""
+    eval_episodes: int = 64
+    """Held-out prompts of an evaluation."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept; the best is kept besides."""
+    samples: int = 4
+    """Responses written to samples.jsonl at every evaluation."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        check_positive(self, "episodes", "group_size", "checkpoint_every", "keep", "eval_episodes")
+
+
+class REINFORCE:
+    """The agent; `learn` trains `policy` in place."""
+
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        envs: TextGenVectorEnv,
+        config: REINFORCEConfig | None = None,
+        *,
+        eval_envs: TextGenVectorEnv | None = None,
+        reference: CausalLMPolicy | None = None,
+        folder: str | Path | None = None,
+        advantage: Callable[[Episodes, FloatArray, FloatArray], FloatArray] | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            policy: What is trained.
+            envs: Made with `autoreset_mode="Disabled"`.
+            config: Default: `REINFORCEConfig()`.
+            eval_envs: Held-out prompts, made likewise; None: no evaluation.
+            reference: What `kl_coef` prices the distance to. None: the policy as it is now, where
+                there is a price.
+            folder: Where logs and checkpoints go; None: nowhere.
+            advantage: `f(episodes, returns_to_go [M], values [M]) -> [M]` in place of the baseline.
+
+        Raises:
+            ValueError: If the parts do not fit (see `textgym.learning.check_setup`).
+        """
+        self.config = cfg = config or REINFORCEConfig()
+        self.policy, self.envs, self.eval_envs, self.folder = policy, envs, eval_envs, folder
+        if reference is None and (cfg.kl_coef > 0 or cfg.kl_target is not None):
+            reference = policy.frozen_copy()
+        self.reference = reference
+        self.advantage = advantage
+        for each in (envs, eval_envs):
+            if each is not None:
+                check_setup(
+                    policy,
+                    each,
+                    gamma=cfg.gamma,
+                    reference=reference,
+                    needs_values=cfg.baseline == "learned",
+                )
+        self.task = envs.unwrapped.task
+        self.optimizer = GuardedOptimizer(
+            policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay
+        )
+        self.queue = PromptQueue(len(self.task.prompts), int(mix64(cfg.seed, _QUEUE)))
+        self.kl = kl_controller(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+        self.baseline = MovingAverageBaseline(cfg.baseline_decay)
+        self.scale = RewardScale()
+
+    def learn(
+        self,
+        total_tokens: int,
+        *,
+        resume: bool = False,
+        quiet: bool = False,
+        max_updates: int | None = None,
+    ) -> Result:
+        """Train until `total_tokens` action tokens were sampled.
+
+        Args:
+            total_tokens: Of the whole run, unscored and discarded ones counted.
+            resume: Go on from the newest checkpoint in `folder`, if there is one.
+            quiet: No progress on standard error.
+            max_updates: End this call, not the run, after so many updates.
+
+        Raises:
+            UnscoredError: If more than 20 % of a batch has no score.
+            NonFiniteError: If five steps in a row were not finite.
+        """
+        cfg, rollout_seed = self.config, int(mix64(self.config.seed, _ROLLOUT))
+        parts: dict[str, Stateful] = {
+            "optimizer": self.optimizer,
+            "queue": self.queue,
+            "kl": self.kl,
+            "baseline": self.baseline,
+            "scale": self.scale,
+        }
+        with Run(
+            "REINFORCE",
+            self.policy,
+            cfg,
+            parts,
+            folder=self.folder,
+            total_tokens=total_tokens,
+            resume=resume,
+            quiet=quiet,
+            max_updates=max_updates,
+            evaluate=None if self.eval_envs is None else self._evaluate,
+            reference=self.reference,
+            tokenizer=self.task.tokenizer,
+        ) as run:
+            if cfg.scale_episodes and not run.resumed:
+                run.counters.tokens += self._fit_scale()
+            run.begin()
+            while run.wants_more:
+                groups = cfg.episodes // cfg.group_size
+                episodes = collect(
+                    self.policy,
+                    self.envs,
+                    cfg.episodes,
+                    group_size=cfg.group_size,
+                    seed=rollout_seed,
+                    first_episode=run.counters.groups,
+                    prompt_rows=self.queue.take(groups),
+                    path=cfg.path,
+                )
+                run.rollout_done()
+                check_scored(episodes)
+                lr = learning_rate(
+                    cfg.lr,
+                    run.counters.update,
+                    run.progress,
+                    warmup_updates=cfg.warmup_updates,
+                    final=cfg.lr_final,
+                )
+                self.optimizer.set_lr(lr)
+                run.counters.groups += groups
+                shaped, metrics = self._shape(episodes)
+                metrics |= self._update(episodes, shaped)
+                metrics |= {"optim/lr": lr, "optim/skipped": self.optimizer.skipped}
+                samples = partial(self._samples, episodes, shaped)
+                run.finish_update(metrics, episodes.num_tokens, samples)
+            return run.result()
+
+    def _shape(self, episodes: Episodes) -> tuple[FloatArray, dict[str, float]]:
+        """Rewards with the price of KL, and what to log of it."""
+        cfg, metrics = self.config, rollout_metrics(episodes)
+        beta, kl = self.kl.beta, None
+        if self.reference is not None:
+            kl = reference_k1(self.reference, episodes, cfg.microbatch)
+            metrics["kl/beta"] = beta
+            metrics["kl/ref"] = kl_per_response(kl, episodes.offsets, episodes.weight)
+            if cfg.exact_kl_episodes:
+                metrics["kl/ref_exact"] = exact_kl(
+                    self.policy, self.reference, episodes, cfg.exact_kl_episodes, cfg.microbatch
+                )
+            adapt(self.kl, metrics["kl/ref"], episodes)
+        shaped = shape_rewards(
+            episodes, kl, beta=beta, scale=self.scale, cut_penalty=cfg.cut_penalty
+        )
+        return shaped, metrics
+
+    def _update(self, episodes: Episodes, shaped: FloatArray) -> dict[str, float]:
+        """One gradient step on one batch."""
+        cfg, device = self.config, self.policy.device
+        weights = learned_weights(episodes, cfg.cut)
+        token_weight = np.repeat(weights, episodes.lengths)
+        values = episodes.value.astype(np.float64)
+        last = np.where(episodes.terminated, 0.0, episodes.bootstrap_value)
+        returns = discounted_returns(shaped, episodes.offsets, cfg.gamma, last_value=last)
+
+        metrics: dict[str, float] = {"policy/logprob": float(episodes.logprob.mean())}
+        if self.advantage is not None:
+            advantages = self.advantage(episodes, returns, values)
+        elif cfg.baseline == "moving_average":
+            metrics["baseline/value"] = self.baseline.value
+            advantages = returns - self.baseline.value
+            self.baseline.update(returns[episodes.offsets[:-1]], weights)
+        elif cfg.baseline == "learned":
+            metrics["value/explained_variance"] = explained_variance(values, returns, token_weight)
+            advantages = returns - values
+        else:
+            advantages = returns
+        if cfg.whiten:
+            advantages = whiten(advantages, token_weight)
+
+        per_token = token_weights(
+            episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens
+        )
+        w_all, a_all, g_all = (to_device(x, device) for x in (per_token, advantages, returns))
+        means, total_policy, total_value = Means(), 0.0, 0.0
+        usable = np.flatnonzero(weights > 0)
+        if not len(usable):
+            return metrics
+        for part in microbatches(usable, episodes, cfg.microbatch):
+            tokens = episodes.tokens(part)
+            scored = self.policy.evaluate(episodes.batch(part, device))
+            assert scored.entropy is not None
+            w, advantage, target = w_all[tokens], a_all[tokens], g_all[tokens]
+            policy_loss = policy_gradient_loss(scored.logprob, advantage, w)
+            loss = policy_loss
+            if cfg.ent_coef:
+                loss = loss + cfg.ent_coef * entropy_loss(scored.entropy, w)
+            if cfg.baseline == "learned" and scored.value is not None:
+                v_loss = value_loss(scored.value, target, w)
+                loss = loss + cfg.vf_coef * v_loss
+                total_value += float(v_loss.detach())
+            loss.backward()  # type: ignore[no-untyped-call]
+            total_policy += float(policy_loss.detach())
+            means.add(len(tokens), policy__entropy=float(scored.entropy.detach().mean()))
+        norm = self.optimizer.step(total_policy + total_value)
+        metrics["loss/policy"] = total_policy
+        if cfg.baseline == "learned":
+            metrics["loss/value"] = total_value
+        return metrics | {"optim/grad_norm": norm} | means.result()
+
+    def _fit_scale(self) -> int:
+        """Fit the reward's scale on samples of the first policy; returns their tokens."""
+        cfg = self.config
+        found = collect(
+            self.reference or self.policy,
+            self.envs,
+            cfg.scale_episodes,
+            seed=int(mix64(cfg.seed, _SCALE)),
+        )
+        check_scored(found)
+        self.scale.fit(found.scores, found.weight)
+        return found.num_tokens
+
+    def _evaluate(self) -> tuple[dict[str, float], float]:
+        cfg = self.config
+        assert self.eval_envs is not None
+        metrics, _ = evaluate_policy(
+            self.policy, self.eval_envs, cfg.eval_episodes, seed=cfg.seed, path=cfg.path
+        )
+        return metrics, metrics["eval/reward_mean"]
+
+    def _samples(self, episodes: Episodes, shaped: FloatArray) -> Iterator[dict[str, Any]]:
+        chosen = spread(len(episodes), self.config.samples)
+        return sample_records(episodes, self.task.tokenizer, chosen, shaped)

@@ -1,0 +1,441 @@
+"""The bookkeeping of a training run: counters, held-out evaluation, checkpoints, resume, Ctrl-C.
+
+No learning happens here, and nothing here calls an agent: an agent's `learn` opens a `Run`, loops
+while `run.wants_more`, and hands each finished update to `run.finish_update`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+import numpy as np
+
+from textgym.checkpoint import (
+    CheckpointError,
+    best_checkpoint,
+    latest_checkpoint,
+    load_state,
+    prepare_folder,
+    save_checkpoint,
+)
+from textgym.learning import rollout_metrics
+from textgym.logging import RunLogger
+from textgym.rollout import collect
+from textgym.streams import mix64
+
+if TYPE_CHECKING:
+    from textgym.episodes import Episodes
+    from textgym.policies import CausalLMPolicy
+    from textgym.tokens import Tokenizer
+    from textgym.vector import TextGenVectorEnv
+
+ADAPTERS = "adapters.safetensors"
+_EVAL = 0x45564C  # key of the held-out draws
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps."""
+
+    def state_dict(self) -> Any:
+        """Everything that `load_state_dict` needs."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Go on from `state`."""
+
+
+@dataclass
+class Counters:
+    """How far a run is."""
+
+    update: int = 0
+    """Updates done."""
+    tokens: int = 0
+    """Action tokens sampled, unscored and discarded ones counted."""
+    groups: int = 0
+    """Groups of episodes started: the number of the next one's stream."""
+    best: float = -math.inf
+    """Best held-out result so far, larger is better."""
+    since_best: int = 0
+    """Held-out evaluations since the best one."""
+
+
+@dataclass
+class Result:
+    """What `learn` returns."""
+
+    updates: int
+    """Updates done, those before a resume included."""
+    total_tokens: int
+    """Action tokens so far, those before a resume included."""
+    history: list[dict[str, float]]
+    """Metrics of every update of this call, as logged."""
+    interrupted: bool
+    """Whether Ctrl-C (or a polite kill) ended the run early."""
+    checkpoint: Path | None
+    """The newest checkpoint, where there is a folder."""
+    best_checkpoint: Path | None = None
+    """The best one by held-out evaluation, where there was any."""
+
+
+class Run:
+    """One call of `learn`, as a context manager."""
+
+    def __init__(
+        self,
+        title: str,
+        policy: CausalLMPolicy,
+        config: Any,
+        parts: Mapping[str, Stateful],
+        *,
+        folder: str | Path | None,
+        total_tokens: int | None,
+        resume: bool,
+        quiet: bool,
+        max_updates: int | None = None,
+        evaluate: Callable[[], tuple[dict[str, float], float]] | None = None,
+        reference: CausalLMPolicy | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """Prepare the folder and, when resuming, put everything back as it was.
+
+        Args:
+            title: Name of the agent.
+            policy: What is trained; its weights are loaded in place when resuming.
+            config: The agent's dataclass; reads `eval_every`, `checkpoint_every`, `keep`.
+            parts: What a checkpoint keeps besides weights and counters, by name.
+            folder: Where logs and checkpoints go; None for neither.
+            total_tokens: Ends the run; None for no limit.
+            resume: Go on from the newest checkpoint of `folder`, if there is one.
+            quiet: No progress.
+            max_updates: Ends this call (not the run) after so many updates.
+            evaluate: Returns held-out metrics, and one number that is larger for a better policy.
+            reference: Its weights are compared with those of the run that is resumed.
+            tokenizer: Written beside the weights.
+
+        Raises:
+            CheckpointError: If the folder cannot be written, or holds a run and `resume` is False.
+            ValueError: If the reference is not that of the run that is resumed.
+        """
+        self.policy, self.config, self.parts = policy, config, dict(parts)
+        self.tokenizer = tokenizer
+        self.folder = None if folder is None else prepare_folder(folder)
+        self.total_tokens, self.max_updates = total_tokens, max_updates
+        self.counters = Counters()
+        self.history: list[dict[str, float]] = []
+        self.resumed = False
+        self._evaluate = evaluate
+        self._fingerprint = fingerprint(reference)
+        self._saved: Path | None = None
+        self._stop = False
+        self._done_here = 0
+        self._rollout_s = 0.0
+        self._interrupt = _Interrupt()
+        if self.checkpoints is not None and (newest := latest_checkpoint(self.checkpoints)):
+            if not resume:
+                raise CheckpointError(
+                    f"{self.folder} already holds a run ({newest.name}): resume it "
+                    "(resume=True, --resume) or choose another folder"
+                )
+            self._load(newest)
+        self.log = RunLogger(self.folder, title=title, total_tokens=total_tokens, quiet=quiet)
+        self.log.truncate_after(self.counters.update if self.resumed else -1)
+        self._clock = time.perf_counter()
+        if self.resumed:
+            self.log.message(f"resumed after update {self.counters.update} from {self._saved}")
+
+    @property
+    def checkpoints(self) -> Path | None:
+        """The folder of the checkpoints."""
+        return None if self.folder is None else self.folder / "checkpoints"
+
+    @property
+    def progress(self) -> float:
+        """Share of the run's tokens done; 0 where there is no limit."""
+        return self.counters.tokens / self.total_tokens if self.total_tokens else 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is over: its tokens are spent, or it was stopped."""
+        spent = self.total_tokens is not None and self.counters.tokens >= self.total_tokens
+        return spent or self._stop
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether to do another update."""
+        here = self.max_updates is not None and self._done_here >= self.max_updates
+        return not (self.finished or here or self._interrupt.requested)
+
+    def stop(self) -> None:
+        """End the run after this update."""
+        self._stop = True
+
+    def __enter__(self) -> Self:
+        self._interrupt.install()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._interrupt.restore()
+        if error is not None and self._saved is not None:
+            self.log.message(f"stopped; resume from {self._saved} with resume=True (--resume)")
+        self.log.close()
+
+    def begin(self) -> None:
+        """Evaluate and save before the first update; nothing when resumed."""
+        if self.resumed:
+            return
+        metrics, improved = self._held_out()
+        if metrics:
+            metrics["time/total_tokens"] = self.counters.tokens
+            self.log.log(0, metrics)
+            self.history.append(metrics)
+        self._save(best=improved)
+        self._clock = time.perf_counter()
+
+    def rollout_done(self) -> None:
+        """Note the time: what was done of this update so far was sampling and scoring."""
+        self._rollout_s = time.perf_counter() - self._clock
+
+    def finish_update(
+        self,
+        metrics: Mapping[str, float],
+        tokens: int,
+        samples: Callable[[], Iterable[Mapping[str, Any]]] = tuple,
+    ) -> None:
+        """Count, evaluate, log and save, in this order, so that a checkpoint has its log lines.
+
+        Args:
+            metrics: Of this update, by glossary name.
+            tokens: Action tokens of this update.
+            samples: Called where this update's samples are to be logged.
+        """
+        count, every = self.counters, self.config.eval_every
+        count.update += 1
+        count.tokens += tokens
+        self._done_here += 1
+        seconds = time.perf_counter() - self._clock
+        line = dict(metrics)
+        line["time/update"] = count.update
+        line["time/total_tokens"] = count.tokens
+        line["time/tokens_per_s"] = tokens / max(seconds, 1e-9)
+        line["time/rollout_s"] = self._rollout_s
+        line["time/train_s"] = seconds - self._rollout_s
+        improved = False
+        # A call that ends early evaluates nothing more, so that the resumed run is the same run.
+        due = self.finished or (every > 0 and count.update % every == 0)
+        if due:
+            held_out, improved = self._held_out()
+            line |= held_out
+        self.log.log(count.update, line)
+        self.history.append(line)
+        if due or count.update == 1:
+            self.log.log_samples(count.update, samples())
+        if improved or not self.wants_more or count.update % self.config.checkpoint_every == 0:
+            self._save(best=improved)
+        self._clock = time.perf_counter()
+
+    def result(self) -> Result:
+        """What was done."""
+        if self._interrupt.requested:
+            where = f"saved {self._saved}; resume with resume=True (--resume)"
+            self.log.message(f"interrupted: {where if self._saved else 'nothing was saved'}")
+        best = None if self.checkpoints is None else best_checkpoint(self.checkpoints)
+        return Result(
+            self.counters.update,
+            self.counters.tokens,
+            self.history,
+            self._interrupt.requested,
+            self._saved,
+            best,
+        )
+
+    def _held_out(self) -> tuple[dict[str, float], bool]:
+        if self._evaluate is None:
+            return {}, False
+        metrics, score = self._evaluate()
+        count = self.counters
+        improved = score > count.best
+        count.best = max(count.best, score)
+        count.since_best = 0 if improved else count.since_best + 1
+        patience = getattr(self.config, "patience", 0)
+        if patience and count.since_best >= patience:
+            self.stop()
+        return metrics | {"eval/best": count.best}, improved
+
+    def _save(self, best: bool) -> None:
+        if self.checkpoints is None:
+            return
+        self.log.flush()
+        state = {
+            "counters": dataclasses.asdict(self.counters),
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "config": json.dumps(dataclasses.asdict(self.config), default=str),
+            "reference": self._fingerprint,
+        }
+        self._saved = save_checkpoint(
+            self.checkpoints,
+            step=self.counters.update,
+            write=lambda path: write_policy(self.policy, self.tokenizer, path),
+            state=state,
+            keep=self.config.keep,
+            best=best,
+        )
+
+    def _load(self, checkpoint: Path) -> None:
+        state = load_state(checkpoint)
+        if state["reference"] != self._fingerprint:
+            raise ValueError(
+                f"the reference policy is not that of the run in {self.folder}: make the agent "
+                "with the model that the run started from (its weights are loaded when resuming)"
+            )
+        if set(state["parts"]) != set(self.parts):
+            raise ValueError(
+                f"{checkpoint} was saved by another agent or configuration: it holds "
+                f"{sorted(state['parts'])}, this one needs {sorted(self.parts)}"
+            )
+        read_policy(self.policy, checkpoint)
+        self.counters = Counters(**state["counters"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        self._saved, self.resumed = checkpoint, True
+
+
+def write_policy(policy: CausalLMPolicy, tokenizer: Tokenizer | None, checkpoint: Path) -> None:
+    """Write `policy/`, a folder like any model's, and beside it the adapters of a LoRA."""
+    policy.save_pretrained(checkpoint / "policy")
+    if tokenizer is not None:
+        _write_tokenizer(tokenizer, checkpoint / "policy")
+    if _has_adapters(policy):
+        from safetensors.torch import save_file
+
+        trained = {n: p.detach().cpu() for n, p in policy.named_parameters() if p.requires_grad}
+        save_file({n: p.contiguous() for n, p in trained.items()}, checkpoint / ADAPTERS)
+
+
+def read_policy(policy: CausalLMPolicy, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint into a policy of the same shape, bit for bit.
+
+    Raises:
+        CheckpointError: If the policy has other parameters than the one that was saved.
+    """
+    import torch
+
+    try:
+        if _has_adapters(policy):
+            from safetensors.torch import load_file
+
+            trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+            saved = load_file(checkpoint / ADAPTERS)
+            if set(saved) != set(trained):
+                raise KeyError(f"parameters differ: {sorted(set(saved) ^ set(trained))[:3]}")
+            with torch.no_grad():
+                for name, parameter in trained.items():
+                    parameter.copy_(saved[name])
+        else:
+            loaded = type(policy).from_pretrained(
+                checkpoint / "policy",
+                device="cpu",
+                dtype=next(policy.model.parameters()).dtype,
+                value_head=policy.value_head is not None,
+            )
+            policy.load_state_dict(loaded.state_dict())
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"the weights in {checkpoint} do not fit this policy ({error}): make the policy from "
+            "the model and with the settings that the run started with"
+        ) from error
+
+
+def fingerprint(policy: CausalLMPolicy | None) -> int:
+    """A number that tells policies apart by the first weights of each parameter; 0 for None."""
+    total = 0
+    for parameter in [] if policy is None else policy.parameters():
+        head = parameter.detach().reshape(-1)[:256].float().cpu().numpy()
+        total = zlib.crc32(head.tobytes(), total)
+    return total
+
+
+def evaluate_policy(
+    policy: CausalLMPolicy,
+    envs: TextGenVectorEnv,
+    episodes: int,
+    *,
+    seed: int,
+    path: Literal["step", "sequence"] = "step",
+) -> tuple[dict[str, float], Episodes]:
+    """Sample a response to each of the first `episodes` held-out prompts (cycling through fewer).
+
+    The streams are the same at every call, so that two evaluations differ by the policy only.
+
+    Returns:
+        Metrics by glossary name, and the episodes.
+    """
+    prompts = len(envs.unwrapped.task.prompts)
+    rows = np.arange(episodes, dtype=np.int64) % prompts
+    key = int(mix64(seed, _EVAL))
+    found = collect(policy, envs, episodes, seed=key, prompt_rows=rows, path=path)
+    rollout = rollout_metrics(found)
+    metrics = {
+        "eval/reward_mean": rollout["rollout/reward_mean"],
+        "eval/reward_std": rollout["rollout/reward_std"],
+        "eval/response_length": rollout["rollout/response_length"],
+        "eval/cut": rollout["rollout/length"],
+        "eval/unscored": rollout["rollout/unscored"],
+    }
+    metrics |= {f"eval/{n}": v for n, v in rollout.items() if n.startswith("reward/")}
+    return metrics, found
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write files that `load_tokenizer` and transformers read."""
+    if tokenizer.hf is not None:
+        tokenizer.hf.save_pretrained(folder)
+        return
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.stop_ids), None)}
+    config = {n: tokenizer.backend.id_to_token(i) for n, i in named.items() if i is not None}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    text = json.dumps(config, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def _has_adapters(policy: CausalLMPolicy) -> bool:
+    return hasattr(policy.model, "peft_config")
+
+
+@dataclass
+class _Interrupt:
+    """Turns the first Ctrl-C (or SIGTERM) into a request, so that no update is left half done."""
+
+    requested: bool = False
+    previous: dict[int, Any] = field(default_factory=dict)
+
+    def install(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
