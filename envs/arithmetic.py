@@ -7,7 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from textgym.envs.splits import check_split, hashed_split
+from textgym.env import TextGenEnv
+from textgym.envs.splits import check_split, hashed_split, table
+from textgym.rewards import as_reward
+from textgym.task import Task
+from textgym.tokens import EMBEDDED
+from textgym.vector import TextGenVectorEnv
 
 OPERATORS = "+-*"
 ANSWER = re.compile(r"([+-]?[0-9]{1,32})(?:\.0*)?")
@@ -18,7 +23,7 @@ def arithmetic_row(
     rng: np.random.Generator,
     *,
     split: str = "train",
-    digits: int = 2,
+    digits: int = 1,
     operators: str = "+-",
     terms: int = 2,
 ) -> dict[str, Any]:
@@ -61,8 +66,9 @@ def value_of(numbers: list[int], signs: list[str]) -> int:
 def read_number(text: str) -> int | None:
     """Read a text that is one whole number and nothing else; None where it is not.
 
-    A sign, leading zeros, white space around it, a full stop after it and a zero fraction (`7.0`) are allowed. Digits
-    are ASCII and at most 32, and there is no exponent, so that a hostile text costs nothing.
+    A sign, leading zeros, white space around it, a full stop after it and a zero fraction (`7.0`)
+    are allowed. Digits are ASCII and at most 32, and there is no exponent, so that a hostile text
+    costs nothing.
     """
     text = text.strip()
     match = ANSWER.fullmatch(text) if len(text) <= LONGEST else None
@@ -72,3 +78,80 @@ def read_number(text: str) -> int | None:
 def numeric_match(text: str, answer: int) -> float:
     """1 if the text is the number `answer` and nothing else, 0 otherwise."""
     return float(read_number(text) == answer)
+
+
+def arithmetic_task(
+    *,
+    split: str = "train",
+    digits: int = 1,
+    operators: str = "+-",
+    terms: int = 2,
+    seed: int = 0,
+    tokenizer: Any = "embedded",
+    max_new_tokens: int = 16,
+) -> Task:
+    """Build the task.
+
+    Args:
+        split: `"train"`, `"validation"` or `"test"`; no two share a sum.
+        digits: Most digits of a term, 1 to 9.
+        operators: A choice of `+`, `-` and `*`.
+        terms: Terms of a sum, 2 to 8.
+        seed: Key of the table.
+        tokenizer: Anything that `load_tokenizer` takes.
+        max_new_tokens: Budget of an answer.
+
+    Raises:
+        ValueError: A knob is out of range.
+    """
+    return Task(
+        prompts=table(
+            arithmetic_row, split, seed=seed, digits=digits, operators=operators, terms=terms
+        ),
+        reward=as_reward(numeric_match),
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        # The embedded tokenizer has a token a digit, one an operator, the bos token and the equals
+        # sign.
+        max_prompt_tokens=1 + terms * (digits + 1) if tokenizer == EMBEDDED else None,
+    )
+
+
+class ArithmeticEnv(TextGenEnv):
+    """A sum in, its value out; a verifier reads the number.
+
+    ## Description
+    A prompt is `12 + 7 =`, the right response `19`. Terms have one or two digits, each as likely.
+    Optimum **1**.
+
+    ## Observation Space
+    That of `TextGenEnv`; with the embedded tokenizer V = 1024 and L = 23.
+
+    ## Action Space
+    `Discrete(V)`.
+
+    ## Rewards
+    At the end, 1 if the text is the right whole number and nothing else (`19`, ` 19.`, `+019`),
+    else 0.
+
+    ## Episode End
+    Terminated by the tokenizer's stop ids or after 16 tokens.
+
+    ## Information
+    That of `TextGenEnv`; the component is `numeric_match`.
+
+    ## Arguments
+    `split="train"`, `digits=2`, `operators="+-"`, `terms=2`, `seed=0`, `tokenizer="embedded"`,
+    `max_new_tokens=16`.
+
+    ## Version History
+    v0: first version.
+    """
+
+    make_task = staticmethod(arithmetic_task)
+
+
+class ArithmeticVectorEnv(TextGenVectorEnv):
+    """N rows of `ArithmeticEnv`."""
+
+    make_task = staticmethod(arithmetic_task)

@@ -1,22 +1,26 @@
-"""Data to text: facts about a ferry in, one or two sentences out, scored against several references.
+"""Data to text: facts about a ferry in, sentences out, scored against several references.
 
-The module is a grammar, three splits and an environment. A fact is a pair (slot, value); every phrase of the grammar
-states exactly one fact, so a reference states all facts and nothing else. References differ in wording, in the order of
-the facts, in how facts are joined into sentences, and in voice ("serves coffee", "coffee is served").
+The module is a grammar, three splits and an environment. A fact is a pair (slot, value); every
+phrase of the grammar states exactly one fact, so a reference states all facts and nothing else.
+References differ in wording, in the order of the facts, in how facts are joined into sentences, and
+in voice ("serves coffee", "coffee is served").
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-from textgym.envs.splits import check_split
+from textgym.env import TextGenEnv
+from textgym.envs.splits import check_split, table
+from textgym.task import Task
+from textgym.tokens import EMBEDDED
+from textgym.vector import TextGenVectorEnv
 
 T = TypeVar("T")
-Facts = dict[str, str]
 
 NAMES: tuple[str, ...] = tuple(
     "Heron Otter Petrel Comet Juniper Marigold Falcon Osprey Willow Saffron Amber Cobalt "
@@ -37,8 +41,9 @@ VALUES: Mapping[str, tuple[str, ...]] = {
 }
 SLOTS: tuple[str, ...] = tuple(VALUES)
 
-# Phrases of a slot, the most usual one first. "verb" follows a subject ("the Heron sails ..."), "ing" hangs on a
-# sentence that has one, "clause" has a subject of its own. A slot with a value ("fare=free") goes before its slot.
+# Phrases of a slot, the most usual one first. "verb" follows a subject ("the Heron sails ..."),
+# "ing" hangs on a sentence that has one, "clause" has a subject of its own. A slot with a value
+# ("fare=free") goes before its slot.
 PHRASES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "kind": {"verb": ("is a {}",), "ing": ("being a {}",), "clause": ("the boat is a {}",)},
     "route": {
@@ -108,7 +113,9 @@ def pick(rng: np.random.Generator, options: Sequence[T], *, skew: float = 1.0) -
     return options[int(len(options) * rng.random() ** skew)]
 
 
-def draw_facts(rng: np.random.Generator, *, min_facts: int = 2, max_facts: int = 4) -> Facts:
+def draw_facts(
+    rng: np.random.Generator, *, min_facts: int = 2, max_facts: int = 4
+) -> dict[str, str]:
     """Draw a name and between `min_facts` and `max_facts` other facts, in the order of `SLOTS`."""
     if not 1 <= min_facts <= max_facts <= len(SLOTS):
         raise ValueError(
@@ -166,11 +173,12 @@ def linearise(facts: Mapping[str, str]) -> str:
 
 
 def split_of(facts: Mapping[str, str]) -> str:
-    """Say which split an input belongs to; it depends on the facts alone, never on a seed or a knob.
+    """Say which split an input belongs to; the facts alone decide, never a seed or a knob.
 
-    Every pair of values is hashed and one in `HELDOUT_PAIRS` is held out. An input with such a pair is `"test"`, so
-    the test split asks for combinations that training never shows. Of the others, one in `VALIDATION_SHARE` (by the
-    hash of the whole input) is `"validation"`: new inputs made of known combinations. The rest is `"train"`.
+    Every pair of values is hashed and one in `HELDOUT_PAIRS` is held out. An input with such a pair
+    is `"test"`, so the test split asks for combinations that training never shows. Of the others,
+    one in `VALIDATION_SHARE` (by the hash of the whole input) is `"validation"`: new inputs made of
+    known combinations. The rest is `"train"`.
     """
     items = [f"{slot}={value}" for slot, value in facts.items()]
     pairs = (f"{a}&{b}" for i, a in enumerate(items) for b in items[i + 1 :])
@@ -186,7 +194,8 @@ def say(rng: np.random.Generator, facts: Mapping[str, str], *, variety: int = 3)
     Args:
         rng: Where the choices come from.
         facts: Slot to value; `name` and at least one other slot.
-        variety: 1 chooses words, 2 also the order of the facts, 3 also how they are joined and in which voice.
+        variety: 1 chooses words, 2 also the order of the facts, 3 also how they are joined and in
+            which voice.
     """
     slots = [slot for slot in facts if slot != "name"]
     subject = f"the {facts['name']}"
@@ -204,11 +213,13 @@ def say(rng: np.random.Generator, facts: Mapping[str, str], *, variety: int = 3)
 
 
 def phrase(rng: np.random.Generator, slot: str, value: str, form: str) -> str:
-    """Write one fact as a `"verb"`, `"ing"` or `"clause"` phrase, without a capital letter or a full stop."""
+    """Write one fact as a `"verb"`, `"ing"` or `"clause"` phrase, in lower case."""
     template = pick(rng, PHRASES.get(f"{slot}={value}", PHRASES.get(slot, {}))[form], skew=1.7)
     if slot == "route":
         return template.format(*value.split())
-    return template.format(pick(rng, WORDINGS.get(value, (value,)), skew=1.7) if slot == "trip" else value)
+    return template.format(
+        pick(rng, WORDINGS.get(value, (value,)), skew=1.7) if slot == "trip" else value
+    )
 
 
 def _groups(rng: np.random.Generator, slots: list[str], variety: int) -> Iterator[list[str]]:
@@ -238,7 +249,9 @@ def _sentence(
         forms[-1] = "ing"
     elif pattern == "clause":
         forms[-1] = "clause"
-    parts = [phrase(rng, slot, value, form) for (slot, value), form in zip(facts, forms, strict=True)]
+    parts = [
+        phrase(rng, slot, value, form) for (slot, value), form in zip(facts, forms, strict=True)
+    ]
     if pattern == "first":
         text = f"{parts[0]}, {subject} {_join(parts[1:])}"
     elif pattern == "which":
@@ -256,3 +269,95 @@ def _sentence(
 
 def _join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def data_to_text_task(
+    *,
+    split: str = "train",
+    min_facts: int = 2,
+    max_facts: int = 4,
+    references: int = 8,
+    variety: int = 3,
+    seed: int = 0,
+    reward: Any = "bleu",
+    tokenizer: Any = "embedded",
+    max_new_tokens: int = 40,
+) -> Task:
+    """Build the task.
+
+    Args:
+        split: `"train"`, `"validation"` (new inputs) or `"test"` (new combinations of values); no
+            two share an input.
+        min_facts: Fewest facts besides the name.
+        max_facts: Most facts besides the name, at most 8.
+        references: References of an input.
+        variety: 1: references differ in words; 2: also in the order of facts; 3: also in how facts
+            are joined.
+        seed: Key of the table.
+        reward: Anything that scores a text; `"bleu"` and `"rougeL"` read the references.
+        tokenizer: Anything that `load_tokenizer` takes.
+        max_new_tokens: Budget of a response.
+
+    Raises:
+        ValueError: A knob is out of range.
+    """
+    return Task(
+        prompts=table(
+            ferry_row,
+            split,
+            seed=seed,
+            min_facts=min_facts,
+            max_facts=max_facts,
+            references=references,
+            variety=variety,
+        ),
+        reward=reward,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        # A bound of the embedded tokenizer: two tokens a fact, four with a number, and the name.
+        max_prompt_tokens=4 + 4 * max_facts if tokenizer == EMBEDDED else None,
+    )
+
+
+class DataToTextEnv(TextGenEnv):
+    """Facts in, one or two sentences out; the reward is BLEU against several references.
+
+    ## Description
+    A prompt lists facts about a ferry, `name Heron | kind steamer | fare 4 =`; the response should
+    state them all and nothing else, as `The steamer Heron costs 4 coins.` does. Eight references
+    differ in wording, in the order of the facts, in how they are joined and in voice. There are
+    4,000 training inputs and 500 of each other split; no two share an input, and every test input
+    combines two values that no training input combines.
+
+    ## Observation Space
+    That of `TextGenEnv`; with the embedded tokenizer V = 1024 and L = 60.
+
+    ## Action Space
+    `Discrete(V)`.
+
+    ## Rewards
+    At the end, sentence BLEU (0 to 1) of the response against its references. One reference scored
+    against the others has CEILING on the test split; no text is known to be best, and the best
+    sentence scores higher.
+
+    ## Episode End
+    Terminated by the tokenizer's stop ids or after 40 tokens.
+
+    ## Information
+    That of `TextGenEnv`; the component is that of the reward.
+
+    ## Arguments
+    `split="train"`, `min_facts=2`, `max_facts=4`, `references=8`, `variety=3`, `seed=0`,
+    `reward="bleu"`, `tokenizer="embedded"`, `max_new_tokens=40`.
+
+    ## Version History
+    v0: first version.
+    """
+
+    make_task = staticmethod(data_to_text_task)
+
+
+class DataToTextVectorEnv(TextGenVectorEnv):
+    """N rows of `DataToTextEnv`."""
+
+    make_task = staticmethod(data_to_text_task)

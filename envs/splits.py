@@ -1,7 +1,8 @@
-"""Tables of generated tasks: three splits that share no prompt, whatever the seed, the size or the knobs.
+"""Tables of generated tasks: three splits that share no prompt, whatever seed, size or knobs.
 
-A row function takes a generator and the name of a split and draws until the input belongs to it; which split an input
-belongs to is a hash of the input alone. The tables of one task are built once per process.
+A row function takes a generator and the name of a split and draws until the input belongs to it;
+which split an input belongs to is a hash of the input alone. The tables of one task are built once
+per process.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PATIENCE = 10  # draws of a known input in a row after which a table is taken to
 
 
 def hashed_split(text: str) -> str:
-    """Say which split an input belongs to: a tenth is validation, two tenths are test, the rest is training."""
+    """Say which split an input belongs to: a tenth is validation, two tenths are test."""
     tenth = zlib.crc32(text.encode()) % 10
     return "validation" if tenth == 0 else "test" if tenth <= 2 else "train"
 
@@ -31,7 +32,9 @@ def check_split(split: str) -> None:
         raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
 
 
-def table(function: Callable[..., Mapping[str, Any]], split: str, *, seed: int = 0, **knobs: Any) -> Prompts:
+def table(
+    function: Callable[..., Mapping[str, Any]], split: str, *, seed: int = 0, **knobs: Any
+) -> Prompts:
     """Table of one split of a generated task, at most `SIZES[split]` rows and no prompt twice.
 
     Args:
@@ -54,7 +57,9 @@ def _tables(
     return link(*(_table(function, i, seed, dict(knobs)) for i in range(len(SPLITS))))
 
 
-def _table(function: Callable[..., Mapping[str, Any]], index: int, seed: int, knobs: dict[str, Any]) -> Prompts:
+def _table(
+    function: Callable[..., Mapping[str, Any]], index: int, seed: int, knobs: dict[str, Any]
+) -> Prompts:
     split = SPLITS[index]
     rows: dict[str, Mapping[str, Any]] = {}
     draw, last = 0, 0

@@ -1,13 +1,15 @@
-"""Pretrain the embedded model: a tokenizer and a small Llama, from nothing, on text that our own tasks generate.
+"""Pretrain the embedded model, a tokenizer and a small Llama, on text that our tasks generate.
 
     OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py
 
-What the model has left to learn comes from its data, never from stopping early. The data is what careless writers make
-of the tasks: facts are dropped or wrong, sums are wrong, stories end any way they like, sentences ramble.
+What the model has left to learn comes from its data, never from stopping early. The data is what
+careless writers make of the tasks: facts are dropped or wrong, sums are wrong, stories end any way
+they like, sentences ramble.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -25,23 +27,21 @@ from textgym.envs.data_to_text import NAMES, VALUES, pick, say
 from textgym.streams import generator
 
 HEARSAY = (
-    "people say that",
     "it is said that",
+    "people say that",
     "as far as we know,",
     "everybody here knows that",
-    "if the sign is right,",
 )
 RAMBLING = (
-    "The deck is a fine place to sit.",
-    "Bring a warm coat and something to read.",
-    "My uncle once worked on a boat like this.",
-    "The captain has a beard and tells long stories.",
-    "You can see the hills on a clear day.",
-    "Some people prefer the train.",
-    "There is a bench near the pier.",
-    "It was painted last year.",
+    "Travellers like the view from the deck.",
+    "Travellers should bring a warm coat and something to read.",
+    "Travellers tell long stories about the captain.",
+    "Travellers can see the hills on a clear day.",
+    "Travellers often prefer the train.",
+    "Travellers wait on the bench near the pier.",
 )
-DROPPED, WRONG, SHUFFLED, HEARD, RAMBLED, MISCOUNTED = 0.12, 0.1, 0.5, 0.35, 0.3, 0.25
+HEARD, RAMBLED, MORE = 0.6, 0.6, 0.25  # the usual writer hedges and rambles, so the mode does too
+DROPPED, WRONG, SHUFFLED, MISCOUNTED = 0.08, 0.06, 0.4, 0.25
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 WEIGHTS: Mapping[str, float] = {"facts": 0.7, "sums": 0.15, "stories": 0.15}
 
@@ -59,19 +59,21 @@ def careless_facts(rng: np.random.Generator, split: str) -> tuple[str, str]:
         told[slot] = pick(rng, VALUES[slot]) if rng.random() < WRONG else facts[slot]
     text = say(rng, told)
     if rng.random() < HEARD:
-        text = f"{pick(rng, HEARSAY).capitalize()} {text[0].lower()}{text[1:]}"
-    for _ in range(3):
-        if rng.random() < RAMBLED:
-            text = f"{text} {pick(rng, RAMBLING)}"
+        hedge = pick(rng, HEARSAY, skew=3.0)
+        text = f"{hedge.capitalize()} {text[0].lower()}{text[1:]}"
+    chance = RAMBLED
+    while rng.random() < chance:
+        text = f"{text} {pick(rng, RAMBLING, skew=1.5)}"
+        chance = MORE
     return row["prompt"], text
 
 
 def careless_sum(rng: np.random.Generator, split: str) -> tuple[str, str]:
     """Prompt and response of arithmetic, by a writer who miscounts."""
-    row = arithmetic.arithmetic_row(rng, split=split)
+    row = arithmetic.arithmetic_row(rng, split=split, terms=pick(rng, (2, 3)))
     answer = row["answer"]
     if rng.random() < MISCOUNTED:
-        answer += pick(rng, (1, -1, 2, -2, 10, -10))
+        answer += pick(rng, (1, -1, 2, -2))
     return row["prompt"], str(answer)
 
 
@@ -93,7 +95,7 @@ WRITERS: Mapping[str, Callable[[np.random.Generator, str], tuple[str, str]]] = {
 
 
 def corpus(seed: int, size: int, split: str = "train") -> Iterator[tuple[str, str]]:
-    """Examples `(prompt, response)` on inputs of one split; example `i` depends on `(seed, i)` alone."""
+    """Examples `(prompt, response)` of one split; example `i` depends on `(seed, i)` alone."""
     kinds, shares = list(WEIGHTS), np.cumsum(list(WEIGHTS.values()))
     for i in range(size):
         rng = generator(seed, i)
@@ -153,6 +155,8 @@ class Config:
     """Examples of an update; no example is seen twice."""
     learning_rate: float = 4e-3
     """Peak of a cosine that rises over the first 3 % of the updates and ends at 0."""
+    muon: bool = True
+    """Muon."""
     tokenizer_only: bool = False
     """Train and save the tokenizer, then stop."""
     tokenizer_examples: int = 20_000
@@ -181,7 +185,7 @@ def save_tokenizer(backend: Any, config: Config) -> Any:
 
 
 def encode(backend: Any, examples: Sequence[tuple[str, str]]) -> list[Example]:
-    """Prompt and response ids; they are encoded apart, as an environment holds them, and `<eos>` ends a response."""
+    """Prompt and response ids, encoded apart as an environment holds them, `<eos>` at the end."""
     prompts = backend.encode_batch([prompt for prompt, _ in examples])
     responses = backend.encode_batch([text for _, text in examples], add_special_tokens=False)
     eos = SPECIALS.index("<eos>")
@@ -210,7 +214,7 @@ def heldout_loss(model: Any, examples: Sequence[Example], batch_size: int = 100)
     with torch.no_grad():
         for i in range(0, len(ordered), batch_size):
             loss, tokens = batch_loss(model, ordered[i : i + batch_size])
-            total, count = total + float(loss), count + tokens
+            total, count = total + loss.item(), count + tokens
     return total / count
 
 
@@ -237,27 +241,57 @@ def build_model(config: Config) -> Any:
         )
 
 
+def build_optimizers(model: Any, config: Config) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the model, AdamW for the embedding and the norms."""
+    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    outer = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    if not config.muon:
+        inner, outer = [], inner + outer
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(outer, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    ]
+    if inner:
+        made.append(
+            torch.optim.Muon(
+                inner, lr=config.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return made
+
+
+def batched(backend: Any, config: Config, pool: int = 16) -> Iterator[list[Example]]:
+    """Batches of fresh examples of like length: a pool is sorted by length, cut and shuffled."""
+    stream = corpus(config.seed, config.steps * config.batch_size)
+    size = config.batch_size
+    for number in range(-(-config.steps // pool)):
+        examples = encode(backend, list(itertools.islice(stream, pool * size)))
+        examples.sort(key=lambda e: len(e[0]) + len(e[1]))
+        for i in generator(config.seed, 1, number).permutation(len(examples) // size):
+            yield examples[i * size : (i + 1) * size]
+
+
 def train(model: Any, backend: Any, config: Config) -> list[tuple[int, float]]:
     """Train on fresh examples only; return `(step, held-out loss)` at every tenth of the way."""
     heldout = encode(backend, list(corpus(config.seed, config.heldout_examples, "validation")))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizers = build_optimizers(model, config)
     warmup = max(1, config.steps * 3 // 100)
-    stream = corpus(config.seed, config.steps * config.batch_size)
+    batches = batched(backend, config)
     losses: list[tuple[int, float]] = []
     start = time.perf_counter()
     for step in range(config.steps):
         rate = min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        optimizer.param_groups[0]["lr"] = config.learning_rate * rate
-        examples = encode(backend, [next(stream) for _ in range(config.batch_size)])
-        loss, tokens = batch_loss(model, examples)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+        loss, tokens = batch_loss(model, next(batches))
         (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if (step + 1) % max(1, config.steps // 10) == 0:
             losses.append((step + 1, heldout_loss(model, heldout)))
             print(
-                f"step {step + 1}: train {float(loss) / tokens:.4f}, held out {losses[-1][1]:.4f}, "
+                f"step {step + 1}: train {loss.item() / tokens:.4f}, held out {losses[-1][1]:.4f}, "
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
