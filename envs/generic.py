@@ -54,8 +54,8 @@ def generic_task(
         prompts = Prompts.load(prompts)
         if "references" not in prompts.columns:
             raise ValueError(
-                "prompts without references need a reward: pass reward=<any callable> "
-                f"(columns: {list(prompts.columns)})"
+                "prompts without references need a reward: pass reward=<any callable> (columns: "
+                f"{list(prompts.columns)})"
             )
         reward = "bleu"
     return Task(

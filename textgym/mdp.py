@@ -190,7 +190,7 @@ class TokenMDP:
         by_policy = self.replied is None or not self.replied[row, self.length[row] - 1]
         if ids and by_policy and self.task.is_stop_id[ids[-1]]:
             ids.pop()
-        return _before_stop(self.task.tokenizer.decode(ids), self.task.stop_strings)[0]
+        return self._cut(row, self.task.tokenizer.decode(ids))[0]
 
     def get_state(self, row: int) -> RowState:
         """Copy one row's episode; `set_state` in any row of an equal task continues it exactly."""
@@ -224,8 +224,8 @@ class TokenMDP:
         ):
             raise ValueError(
                 f"the state (prompt row {state.prompt_row}, largest id {state.ids.max(initial=0)}) "
-                "is of another task: "
-                f"this one has {len(task.prompts)} prompts and {task.vocab_size} ids"
+                f"is of another task: this one has {len(task.prompts)} prompts and "
+                f"{task.vocab_size} ids"
             )
         self.ids[row] = 0
         self.ids[row, :count] = state.ids
@@ -264,8 +264,7 @@ class TokenMDP:
             k = int(np.flatnonzero(outside)[0])
             raise ValueError(
                 f"action {int(chosen[k])} of row {int(rows[k])} is outside the vocabulary; "
-                "expected an id in "
-                f"[0, {self.task.vocab_size})"
+                f"expected an id in [0, {self.task.vocab_size})"
             )
         return chosen
 
@@ -280,7 +279,7 @@ class TokenMDP:
         if task.stop_strings and len(rest):
             texts = task.tokenizer.decode_batch([self.response_ids(i) for i in rest])
             for i, text in zip(rest, texts, strict=True):
-                if _before_stop(text, task.stop_strings)[1]:
+                if self._cut(int(i), text)[1]:
                     reason[i] = "stop_string"
         if task.respond is not None:
             for i in rest:
@@ -347,7 +346,7 @@ class TokenMDP:
         ]
         texts = task.tokenizer.decode_batch(visible)
         if task.stop_strings:
-            texts = [_before_stop(text, task.stop_strings)[0] for text in texts]
+            texts = [self._cut(int(i), text)[0] for i, text in zip(due, texts, strict=True)]
         prompt_rows = self.prompt_row[due].tolist()
         return TextBatch(
             prompts=[task.prompt_text(p) for p in prompt_rows],
@@ -366,8 +365,16 @@ class TokenMDP:
         spans = [slice(self.prompt_length[i], self.length[i]) for i in due]
         return [(~self.replied[i, span]).tolist() for i, span in zip(due, spans, strict=True)]
 
+    def _cut(self, row: int, text: str) -> tuple[str, bool]:
+        """Text of a response before its first stop string, and whether there is one.
 
-def _before_stop(text: str, stop_strings: tuple[str, ...]) -> tuple[str, bool]:
-    """Text before the first stop string in it, and whether there was one."""
-    found = [at for at in (text.find(s) for s in stop_strings) if at >= 0]
-    return (text[: min(found)], True) if found else (text, False)
+        What the environment said before the policy's present turn is not searched.
+        """
+        task, start = self.task, 0
+        if self.replied is not None and task.stop_strings:
+            said = np.flatnonzero(self.replied[row])
+            if len(said):
+                earlier = self.ids[row, self.prompt_length[row] : said[-1] + 1]
+                start = len(task.tokenizer.decode(earlier.tolist()))
+        found = [at for at in (text.find(s, start) for s in task.stop_strings) if at >= 0]
+        return (text[: min(found)], True) if found else (text, False)

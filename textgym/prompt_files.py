@@ -41,8 +41,7 @@ def read_rows(source: Any, split: str) -> tuple[list[Any], str]:
     if isinstance(source, Mapping):
         raise TypeError(
             f"prompts came as a mapping with the keys {list(source)}; expected a list of rows (of "
-            "a dataset of several "
-            "splits, pass one)"
+            "a dataset of several splits, pass one)"
         )
     if isinstance(source, Iterable):
         return list(source), str(getattr(source, "name", None) or "prompts")

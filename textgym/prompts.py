@@ -244,8 +244,7 @@ def _checked(row: Any, index: int, name: str) -> Row:
         return {**row, "prompt": [int(i) for i in prompt]}
     raise TypeError(
         f"{name}: row {index}, column 'prompt': expected a string, token ids or chat messages with "
-        "'role' and "
-        f"'content', got {prompt!r:.80}"
+        f"'role' and 'content', got {prompt!r:.80}"
     )
 
 
@@ -295,8 +294,7 @@ class _Shape:
         if extra and self.strict:
             raise ValueError(
                 f"{where} has an extra column {extra[0]!r}; row 0 has {sorted(self.known)}; name "
-                "those to keep with "
-                "columns=[...]"
+                "those to keep with columns=[...]"
             )
         for column in (*self.fields, *self.keep, self.references):
             if column is not None and column not in row:
@@ -329,7 +327,7 @@ def _grouped(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
             if column not in ("prompt", "references") and row[column] != group[column]:
                 raise ValueError(
                     f"{name}: row {i}, column {column!r} differs between rows of one prompt "
-                    f"({row[column]!r:.40} and "
-                    f"{group[column]!r:.40}); leave it out with columns=[...]"
+                    f"({row[column]!r:.40} and {group[column]!r:.40}); leave it out with "
+                    "columns=[...]"
                 )
     return list(groups.values())

@@ -147,15 +147,10 @@ class Task:
             key=lambda found: found[0],
         )
         if limit is not None and longest > limit:
-            of = (
-                ""
-                if table is self.prompts
-                else f" of another split ({table.name!r}, {len(table)} rows)"
-            )
+            of = "" if table is self.prompts else f" of another split, {table!r},"
             raise ValueError(
                 f"prompt {row}{of} has {longest} tokens, more than max_prompt_tokens={limit}; "
-                "raise it, or cut with "
-                "truncate_prompt='left' or 'right'"
+                "raise it, or cut with truncate_prompt='left' or 'right'"
             )
         return longest if limit is None else limit
 
@@ -196,8 +191,7 @@ def _stops(
     if stop is None and not ids:
         raise ValueError(
             f"tokenizer {tokenizer.name!r} has no end-of-sequence id, so nothing would end a "
-            "response; give stop= ids "
-            "or strings, or stop=() to end on the budget alone"
+            "response; give stop= ids or strings, or stop=() to end on the budget alone"
         )
     if "" in strings:
         raise ValueError("a stop string must not be empty")

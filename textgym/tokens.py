@@ -94,8 +94,7 @@ class Tokenizer:
         if self.bos_id is None:
             raise ValueError(
                 f"an empty prompt becomes the bos token, but tokenizer {self.name!r} has none; "
-                "give a prompt of at "
-                "least one token"
+                "give a prompt of at least one token"
             )
         return [self.bos_id]
 
@@ -157,9 +156,8 @@ def load_tokenizer(source: Any = EMBEDDED) -> Tokenizer:
     if hasattr(source, "encode") and hasattr(source, "get_vocab"):
         return _from_hf(source, str(getattr(source, "name_or_path", "") or "tokenizer"), source)
     raise TypeError(
-        "tokenizer must be a folder, a hub name, 'embedded', a Hugging Face tokenizer or a textgym "
-        "Tokenizer, got "
-        f"{type(source).__name__}"
+        "tokenizer must be a folder, a hub name, 'embedded', a Hugging Face tokenizer or a "
+        f"textgym Tokenizer, got {type(source).__name__}"
     )
 
 
@@ -241,8 +239,7 @@ def _from_hf(hf: Any, name: str, recipe: Any, more_stop_ids: Sequence[int] = ())
     if not isinstance(backend, tk.Tokenizer):
         raise TypeError(
             f"tokenizer {name!r} ({type(hf).__name__}) has no fast backend; textgym needs one that "
-            "is backed by the "
-            "`tokenizers` library (a tokenizer.json)"
+            "is backed by the `tokenizers` library (a tokenizer.json)"
         )
     eos = [] if hf.eos_token_id is None else _as_list(hf.eos_token_id)
     return Tokenizer(
