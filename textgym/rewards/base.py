@@ -139,11 +139,11 @@ class Reward:
             except Exception as error:
                 n = len(part)
                 return Scores(np.full(n, np.nan), [describe(error)] * n, trace(error))
-            return self.read(items, part.texts)
+            return self.read(items, part.texts, optional=optional)
 
         return with_retry(attempt, len(batch), self.name, optional=optional, strict=strict)
 
-    def read(self, items: Sequence[Any], texts: Sequence[str]) -> Scores:
+    def read(self, items: Sequence[Any], texts: Sequence[str], *, optional: bool) -> Scores:
         """Read what `score` or cursors gave for `n` texts, item by item."""
         scores = Scores(np.full(len(items), np.nan), [None] * len(items))
         for i, item in enumerate(items):
@@ -152,15 +152,14 @@ class Reward:
                 scores.values[i], status = self.low, f"{TEXT_FAULT}{item}"
             elif isinstance(item, BaseException):
                 status = describe(item)
+                scores.traceback = scores.traceback or trace(item)
             else:
                 scores.values[i], status = as_number(item)
-            if status is not None and scores.traceback is None:
-                scores.traceback = (
-                    trace(item)
-                    if isinstance(item, BaseException)
-                    else f"Reward {self.name!r} returned {item!r:.200} for the text "
-                    f"{texts[i]!r:.200}: expected a finite number."
-                )
+                if status is not None and not (optional and status == NO_VALUE):
+                    scores.traceback = scores.traceback or (
+                        f"Reward {self.name!r} returned {item!r:.200} for the text "
+                        f"{texts[i]!r:.200}: expected a finite number."
+                    )
             scores.status[i] = status
         return scores
 

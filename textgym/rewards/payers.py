@@ -168,7 +168,7 @@ class Dense(Payer):
                 items.pop(i) if i in items else states[i].value(self.reward, texts[i])
                 for i in chosen
             ]
-            found = self.reward.read(values, [texts[i] for i in chosen])
+            found = self.reward.read(values, [texts[i] for i in chosen], optional=optional)
             for i, status in zip(chosen, found.status, strict=True):
                 if status is not None:
                     states[i].cursor = None  # what it has counted is not to be trusted

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from textgym.rewards.base import FloatArray, Reward, check_bounds
 from textgym.rewards.batch import TextBatch
 
+# Floats that the logits of one forward may take: 256 MB.
+MAX_LOGITS = 2**26
+
 
 class SequenceScorer(Protocol):
     """Anything that scores whole sequences of ids."""
@@ -45,9 +48,11 @@ class ReferenceLogProb(Reward):
         temperature: The logits are divided by it.
         batch_size: The largest number of sequences of one forward.
         device: Where a model loaded by name runs; `"auto"` is CUDA if there is one.
+        dtype: The type of the weights of a model loaded by name.
 
     Raises:
         TypeError: If the source is none of these.
+        FileNotFoundError: If it is an absolute path where there is no folder.
     """
 
     reads_only = True
@@ -63,6 +68,7 @@ class ReferenceLogProb(Reward):
         temperature: float = 1.0,
         batch_size: int = 32,
         device: str = "auto",
+        dtype: str = "float32",
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
@@ -72,8 +78,11 @@ class ReferenceLogProb(Reward):
         self.low, self.high = check_bounds(low, high)
         self.source: Any = os.fspath(source) if isinstance(source, os.PathLike) else source
         self.vocab_size, self.temperature = vocab_size, float(temperature)
-        self.batch_size, self.device = batch_size, device
+        self.batch_size, self.device, self.dtype = batch_size, device, dtype
         self._scorer: SequenceScorer | None = None
+        if isinstance(self.source, str) and os.path.isabs(self.source):
+            if not os.path.isdir(self.source):
+                raise FileNotFoundError(f"there is no reference model in {self.source!r}")
         if not isinstance(self.source, str):
             self._scorer = self._wrap(self.source)
 
@@ -92,7 +101,9 @@ class ReferenceLogProb(Reward):
     def scorer(self) -> SequenceScorer:
         """The object that scores; a model given by name is loaded here, once."""
         if self._scorer is None:
-            self._scorer = load_scorer(self.source, self.vocab_size, self.temperature, self.device)
+            model, vocab_size = load_model(self.source, self.device, self.dtype)
+            vocab_size = vocab_size if self.vocab_size is None else self.vocab_size
+            self._scorer = HuggingFaceScorer(model, vocab_size, self.temperature)
         return self._scorer
 
     def score(self, batch: TextBatch) -> FloatArray:
@@ -151,41 +162,47 @@ class HuggingFaceScorer:
             raise ValueError(
                 f"the reference model reads at most {limit} tokens, got {ids.shape[1]}"
             )
-        device = next(self.model.parameters()).device
-        rows = torch.as_tensor(ids, device=device)
-        mask = torch.arange(ids.shape[1], device=device) < torch.as_tensor(
-            lengths, device=device
-        ).unsqueeze(1)
+        ids, lengths = np.asarray(ids), np.asarray(lengths)
+        out = np.zeros(ids.shape)
+        # Logits are [rows, T, V]: as many rows at a time as their memory allows.
+        rows = max(1, MAX_LOGITS // (ids.shape[1] * self.model.config.vocab_size))
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.inference_mode():
-                logits = self.model(rows, attention_mask=mask.long(), use_cache=False).logits
-                logits = logits[:, :-1, : self.vocab_size].float() / self.temperature
-                picked = logits.gather(-1, rows[:, 1:, None]).squeeze(-1)
-                out = (picked - logits.logsumexp(-1)).masked_fill(~mask[:, 1:], 0.0)
+                for at in range(0, len(ids), rows):
+                    part = slice(at, at + rows)
+                    out[part, 1:] = self._forward(ids[part], lengths[part])
         finally:
             self.model.train(was_training)
-        return np.pad(out.double().cpu().numpy(), ((0, 0), (1, 0)))
+        return out
+
+    def _forward(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> FloatArray:
+        import torch
+
+        device = next(self.model.parameters()).device
+        rows = torch.as_tensor(ids, device=device)
+        columns = torch.arange(ids.shape[1], device=device)
+        mask = columns < torch.as_tensor(lengths, device=device)[:, None]
+        logits = self.model(rows, attention_mask=mask.long(), use_cache=False).logits
+        logits = logits[:, :-1, : self.vocab_size].float() / self.temperature
+        picked = logits.gather(-1, rows[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+        return as_array(picked.masked_fill(~mask[:, 1:], 0.0))
 
 
-def load_scorer(
-    source: str, vocab_size: int | None, temperature: float, device: str
-) -> HuggingFaceScorer:
-    """Load a causal model by folder or hub name, frozen, with its tokenizer's vocabulary."""
+def load_model(source: str, device: str, dtype: str) -> tuple[Any, int | None]:
+    """Load a causal model by folder or hub name, frozen; with the size of its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(source)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
     model = model.to(device).requires_grad_(False)
-    if vocab_size is None:
-        try:
-            vocab_size = len(AutoTokenizer.from_pretrained(source))
-        except (OSError, ValueError, KeyError):
-            vocab_size = None  # a model without a tokenizer: all of its logits count
-    return HuggingFaceScorer(model, vocab_size, temperature)
+    try:
+        return model, len(AutoTokenizer.from_pretrained(source))
+    except (OSError, ValueError, KeyError):
+        return model, None  # a model without a tokenizer: all of its logits count
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

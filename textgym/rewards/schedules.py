@@ -182,7 +182,8 @@ class Schedule:
                     "after every token",
                 )
             if not metric:
-                total[alive] += part.weight * np.nan_to_num(paid.values)
+                with np.errstate(over="ignore", invalid="ignore"):  # seen below
+                    total[alive] += part.weight * np.nan_to_num(paid.values)
                 if part.payer.pays_outcome:
                     silent[alive] &= paid.silent
             for i, status in zip(alive, paid.status, strict=True):
@@ -196,21 +197,24 @@ class Schedule:
                     )
                 elif tracks[i].failed is None:
                     tracks[i].failed = status
-            if not metric:
+            if not metric and any(status is not None for status in paid.status):
                 traceback = traceback or paid.traceback
         for i in alive:
-            if tracks[i].failed is None and silent[i]:
-                tracks[i].failed = self._fail("none", "no part of the reward gave a value")
-            elif tracks[i].failed is None and not math.isfinite(total[i]):
-                tracks[i].failed = self._fail("inf", "the weighted sum of the parts is not finite")
+            if tracks[i].failed is not None:
+                continue
+            if silent[i]:
+                tracks[i].failed, why = "none", "No part of the reward gave a value"
+            elif not math.isfinite(total[i]):
+                tracks[i].failed, why = "inf", "The weighted sum of the parts is not finite"
+            else:
+                continue
+            why += f" for the text {batch.texts[i]!r:.200}."
+            if self.strict:
+                raise strict_error("+".join(self.names), tracks[i].failed, why)
+            traceback = traceback or why
         status_of = [track.failed for track in tracks]
         total[[status is not None for status in status_of]] = 0.0
         return Payment(total, components, status_of, traceback)
-
-    def _fail(self, status: str, why: str) -> str:
-        if self.strict:
-            raise strict_error("+".join(self.names), status, why)
-        return status
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
