@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from textgym.policies.cache_support import make_slot_decoder
 from textgym.policies.loading import (
@@ -73,8 +74,14 @@ class Backbone(nn.Module):
         self.context_length: int | None = context_length(self._core.config)
         self.value_head: nn.Linear | None = None
         if value_head:
-            hidden_size = self._core.get_output_embeddings().weight.shape[1]
-            self.value_head = nn.Linear(hidden_size, 1, device=self.device, dtype=torch.float32)
+            # skip_init: the usual random start would draw from torch's global generator.
+            self.value_head = skip_init(  # type: ignore[no-untyped-call]
+                nn.Linear,
+                self._core.get_output_embeddings().weight.shape[1],
+                1,
+                device=self.device,
+                dtype=torch.float32,
+            )
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
         self._reset_cache()
@@ -111,8 +118,8 @@ class Backbone(nn.Module):
         """Values, float32 [n], of hidden states [n, D]; None without a value head."""
         if self.value_head is None:
             return None
-        value: Tensor = self.value_head(hidden.float())[:, 0]
-        return value
+        value: Tensor = self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+        return value.float()
 
     def _hidden_all(self, ids: Tensor) -> Tensor:
         """Hidden states [B, T, D] of right-padded ids [B, T].

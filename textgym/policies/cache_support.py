@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from textgym.policies.results import NOT_FINITE
 from textgym.policies.slot_cache import SlotDecoder
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ def make_slot_decoder(base: PreTrainedModel, vocab_size: int) -> SlotDecoder | s
     Args:
         base: The model without its head.
         vocab_size: Number of ids that the check may feed.
+
+    Raises:
+        FloatingPointError: When the model's own hidden states are not finite.
     """
     config = base.config.get_text_config(decoder=True)
     reason = _refuses(config)
@@ -43,6 +47,8 @@ def make_slot_decoder(base: PreTrainedModel, vocab_size: int) -> SlotDecoder | s
     )
     try:
         error = _error(decoder, base, vocab_size)
+    except FloatingPointError:
+        raise
     except Exception as problem:  # whatever a foreign model does with a cache it does not know
         return f"a trial run failed: {type(problem).__name__}: {problem}"
     tolerance = 1e-4 if base.dtype in (torch.float32, torch.float64) else 5e-2
@@ -98,6 +104,8 @@ def _error(decoder: SlotDecoder, base: PreTrainedModel, vocab_size: int) -> floa
                 input_ids=torch.from_numpy(tokens).to(cached.device), use_cache=False
             ).last_hidden_state
             full = full[torch.arange(len(length)), torch.from_numpy(length - 1)].float()
+            if not bool(full.isfinite().all()):  # says nothing about the cache
+                raise FloatingPointError(NOT_FINITE)
             difference = (cached.float() - full).abs().max() / full.square().mean().sqrt()
             # A NaN must not pass for agreement.
             worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))

@@ -81,6 +81,9 @@ class CausalLMPolicy(Backbone):
         value_head: bool = True,
         logit_chunk: int = 2048,
     ) -> None:
+        checked = Sampler(sampler, temperature, top_k, top_p)
+        if logit_chunk < 1:
+            raise ValueError(f"logit_chunk: expected at least 1 token, got {logit_chunk}")
         super().__init__(
             model,
             vocab_size=vocab_size,
@@ -90,7 +93,7 @@ class CausalLMPolicy(Backbone):
             seed=seed,
             value_head=value_head,
         )
-        self.sampler = Sampler(sampler, temperature, top_k, top_p)
+        self.sampler = checked
         self.seed = seed
         self.logit_chunk = logit_chunk
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from textgym.policies.causal_lm import CausalLMPolicy
 
 Ints = NDArray[np.int64]
-ACCELERATOR_STEPS = 8  # tokens drawn before the host looks which rows have ended
+ACCELERATOR_STEPS = 8
+
+
+def steps_between_looks(device: torch.device) -> int:
+    """How many tokens are drawn before the host looks which rows have ended."""
+    return 1 if device.type == "cpu" else ACCELERATOR_STEPS
 
 
 def write_responses(
@@ -61,7 +66,7 @@ def write_responses(
     key = streams.mix64(policy.seed, stream[:, None], sample_index[:, None], position)
     keys = torch.from_numpy(key.view(np.int64)).to(device)
     decoder = policy._slot_decoder()
-    every = 1 if decoder is None or device.type == "cpu" else ACCELERATOR_STEPS
+    every = 1 if decoder is None else steps_between_looks(device)
     live = rows
     hidden = policy._hidden_last(ids, length, rows)
     waiting: list[Drawn] = []

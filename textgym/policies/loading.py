@@ -82,7 +82,12 @@ def add_lora(model: PreTrainedModel, lora: int | Mapping[str, Any] | Any, seed: 
         }
         lora = LoraConfig(**{**defaults, **lora})
     device: torch.device = model.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        warnings.catch_warnings(),
+    ):
+        # Between peft and transformers; nothing that a user could change.
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":
             with torch.cuda.device(device):

@@ -58,7 +58,7 @@ class LogitHead:
         hidden = self._model.base_model(input_ids=ids, attention_mask=ones, use_cache=False)
         ours = self(hidden.last_hidden_state[0])
         if ours.shape != theirs[0].shape or not torch.allclose(
-            ours, theirs[0], rtol=1e-2, atol=1e-3
+            ours, theirs[0], rtol=1e-2, atol=1e-3, equal_nan=True
         ):
             raise ValueError(
                 f"model: the logits of {name} are not its output layer applied to its hidden "

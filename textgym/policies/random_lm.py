@@ -54,7 +54,7 @@ def random_causal_lm(
         if family == "llama":
             model = LlamaForCausalLM(
                 LlamaConfig(
-                    vocab_size=vocab_size,
+                    vocab_size=int(vocab_size),  # a space's n is a NumPy integer
                     hidden_size=hidden_size,
                     intermediate_size=intermediate_size or -(-hidden_size * 8 // 3),
                     num_hidden_layers=num_layers,
@@ -72,7 +72,7 @@ def random_causal_lm(
                 )
             model = GPT2LMHeadModel(
                 GPT2Config(
-                    vocab_size=vocab_size,
+                    vocab_size=int(vocab_size),  # a space's n is a NumPy integer
                     n_embd=hidden_size,
                     n_inner=intermediate_size,
                     n_layer=num_layers,

@@ -10,6 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+NOT_FINITE = (
+    "the model's outputs are not finite: its weights hold NaN or infinity, or overflow in their "
+    "dtype; load weights from before that happened"
+)
+
 
 class ActResult(NamedTuple):
     """What `act` chose for n rows."""
@@ -71,10 +76,7 @@ def to_host(steps: list[Drawn]) -> ActResult:
     ]  # float64 holds ids exactly
     host = torch.stack(fields, 1).cpu().numpy()
     if not np.isfinite(host[1:]).all():
-        raise FloatingPointError(
-            "the policy's logits or values are not finite: its weights hold NaN or infinity, "
-            "or overflow in their dtype"
-        )
+        raise FloatingPointError(NOT_FINITE)
     return ActResult(
         host[0].astype(np.int64), host[1].astype(np.float32), host[2].astype(np.float32)
     )

@@ -64,6 +64,7 @@ class SlotDecoder:
         self.held[:] = 0
         self.store.drop()
 
+    @torch.inference_mode()  # always the same mode: tensors of one may not be written in the other
     def hidden(self, ids: Ints, length: Ints, rows: Ints | None = None) -> Tensor:
         """Hidden state of each row's last token, computing only what the slots do not hold.
 
@@ -96,6 +97,7 @@ class SlotDecoder:
         self.held[rows] = length
         return hidden
 
+    @torch.inference_mode()
     def append(self, tokens: Tensor, rows: Ints) -> Tensor:
         """Append one token to each row without looking at it on the host; the loop of `generate`.
 
