@@ -103,6 +103,15 @@ def test_interval_of_a_mean_is_the_normal_one() -> None:
     assert got.high == pytest.approx(values.mean() + error, abs=0.1 * error)
 
 
+def test_responses_to_one_prompt_are_resampled_together() -> None:
+    """Doubling every text changes no score and, grouped, no interval; ungrouped it seems surer."""
+    values = np.random.default_rng(2).normal(size=100)
+    single, double = mean_metric("x", values), mean_metric("x", np.repeat(values, 2))
+    assert interval(double.grouped(2)) == interval(single)
+    assert double.value == pytest.approx(single.value)
+    assert interval(double).high < interval(single).high
+
+
 def test_interval_is_repeatable_and_takes_one_text() -> None:
     metric = mean_metric("x", [1.0, 2.0, 5.0])
     assert interval(metric, seed=3) == interval(metric, seed=3)

@@ -41,6 +41,11 @@ class Metric:
         """The score of all n texts."""
         return float(self.score(self.statistics.sum(0)))
 
+    def grouped(self, size: int) -> Metric:
+        """The same score with groups of `size` texts (those of one prompt) resampled as one."""
+        sums = self.statistics.reshape(-1, size, self.statistics.shape[1]).sum(1)
+        return Metric(self.name, sums, self.score)
+
 
 @dataclass(frozen=True)
 class Interval:

@@ -15,5 +15,5 @@ def reported() -> Iterator[None]:
     """Turn errors of building a task or a policy from the user's options into a `UsageError`."""
     try:
         yield
-    except (ValueError, TypeError, OSError, ImportError, LookupError) as error:
+    except (ValueError, TypeError, OSError, ImportError, LookupError, RuntimeError) as error:
         raise UsageError(str(error) or type(error).__name__) from error

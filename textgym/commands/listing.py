@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def environments() -> Table:
     """Ids, what each is for, the best return and that of a uniform random policy."""
-    table = Table("environment", "for", "optimum", "random", title="Environments", **_STYLE)
+    table = _table("Environments", "environment", "for", "optimum", "random")
     for entry in ENVIRONMENTS:
         table.add_row(entry.id, entry.purpose, entry.optimum, entry.random)
     return table
@@ -42,7 +42,7 @@ def environments() -> Table:
 
 def rewards() -> Table:
     """Names that `--reward` knows."""
-    table = Table("reward", "what", title="Rewards (--reward)", **_STYLE)
+    table = _table("Rewards (--reward)", "reward", "what")
     for name in REWARDS:
         table.add_row(name, (make_reward(name).__doc__ or "").split("\n", 1)[0])
     return table
@@ -50,7 +50,7 @@ def rewards() -> Table:
 
 def agents() -> Table:
     """Names that `--agent` knows, and the first line of their files."""
-    table = Table("agent", "what", title="Agents (--agent)", **_STYLE)
+    table = _table("Agents (--agent)", "agent", "what")
     for name in agent_modules():
         table.add_row(name, purpose_of(f"textgym.agents.{name}"))
     return table
@@ -70,4 +70,7 @@ def purpose_of(module: str) -> str:
     return text.split("\n", 1)[0]
 
 
-_STYLE = {"box": None, "title_justify": "left", "title_style": "bold", "pad_edge": False}
+def _table(title: str, *columns: str) -> Table:
+    return Table(
+        *columns, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False
+    )

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from textgym.commands.errors import UsageError, reported
-from textgym.commands.setup import TaskArgs, TaskMaker
+from textgym.commands.setup import Split, TaskArgs, TaskMaker
 
 HELP = """Type text and press Enter to append it to the response. An empty line ends the response.
   #17 18     append token ids
@@ -35,8 +35,8 @@ class PlayArgs(TaskArgs):
     """Whether a line of input may hold many tokens or must be exactly one."""
     prompt_row: int | None = None
     """Which prompt to begin with; default is drawn."""
-    heldout: bool = False
-    """Play held-out prompts."""
+    split: Split = "train"
+    """Whose prompts are played."""
     seed: int = 0
     """Seed of the environment and of the model's draws."""
     episodes: int | None = None
@@ -54,7 +54,7 @@ class Game:
     def __init__(self, args: PlayArgs, console: Console) -> None:
         self.args, self.console = args, console
         with reported():
-            self.env = TaskMaker(args).single(heldout=args.heldout)
+            self.env = TaskMaker(args).single(args.split)
         self.tokenizer = self.env.task.tokenizer
         self.rewards: list[float] = []
         self.pieces: list[str] = []
@@ -133,9 +133,7 @@ class Game:
             from textgym.commands.models import load_policy
 
             with reported(), self.console.status("loading the model"):
-                self.policy = load_policy(
-                    self.args.model, vocab_size=self.env.task.vocab_size, seed=self.args.seed
-                )
+                self.policy = load_policy(self.args.model, self.env.task, seed=self.args.seed)
         left = 1 << 30 if count is None else count
         while left > 0:
             batched = {k: v[None] for k, v in self.observation.items()}

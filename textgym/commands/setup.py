@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from dataclasses import dataclass
@@ -10,25 +11,31 @@ from typing import Annotated, Any, Literal
 
 import gymnasium as gym
 import tyro
+from gymnasium.envs.registration import load_env_creator
 
 from textgym.commands.errors import UsageError
-from textgym.prompts import Prompts
+from textgym.commands.models import RANDOM, find_model
+from textgym.prompts import Prompts, link
 from textgym.registry import ENVIRONMENTS
 from textgym.rewards import Reward, Schedule, parse_reward
+from textgym.tokens import EMBEDDED
 
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class TaskArgs:
     """Which task, on whose prompts, for which reward."""
 
-    env: str = "TextGen-v0"
-    """Environment id (`textgym list` shows them)."""
+    env: str | None = None
+    """Environment id (see `textgym list`); default is textgym/DataToText-v0, or TextGen-v0 with
+    --prompts."""
     env_args: str = "{}"
     """Arguments of the environment as JSON, for example '{"max_facts": 3}'."""
-    model: str = "embedded"
-    """Folder or hub name of the model and its tokenizer, or "embedded"."""
+    model: str = EMBEDDED
+    """Folder or hub name of model and tokenizer, folder of a run, "embedded", or "random"."""
     prompts: str | None = None
     """Your own prompts: a .csv, .tsv, .jsonl or .parquet file, or a dataset's hub name."""
     prompt_column: str = "prompt"
@@ -37,12 +44,12 @@ class TaskArgs:
     """Column of the references; rows with one prompt become one prompt with several references."""
     template: str | None = None
     """How a prompt is written from the columns, for example "{mr}\\n"; backslash escapes count."""
-    heldout_prompts: str | None = None
-    """A file like --prompts to evaluate on; default is a share of --prompts."""
+    test_prompts: str | None = None
+    """A file like --prompts to report on; default is a share of --prompts."""
     holdout: float = 0.1
-    """Share of the distinct prompts that is held out when there is no --heldout-prompts."""
+    """Share of the distinct prompts that is kept for validation, and for test."""
     split_seed: int = 0
-    """Key of that split."""
+    """Key of these splits."""
     reward: str | None = None
     """For example "bleu", "0.5*bleu + 0.5*rougeL" or "my_module:my_function"."""
     max_new_tokens: int | None = None
@@ -69,22 +76,27 @@ def reward_of(expression: str) -> Reward | Schedule:
         sys.path.remove(here)
 
 
-def load_prompts(args: TaskArgs) -> tuple[Prompts, Prompts] | None:
-    """Training and held-out prompts from the user's files; None where the environment has its own.
+def load_tables(args: TaskArgs) -> tuple[Prompts, Prompts, Prompts] | None:
+    """Prompts for training, validation and test from the user's files.
+
+    Returns:
+        The three tables, one family; None where the environment has its own prompts.
 
     Raises:
         ValueError, OSError: A file is not there or is broken, or a column is missing.
     """
     if args.prompts is None:
-        if args.heldout_prompts is not None:
-            raise UsageError("--heldout-prompts needs --prompts")
+        if args.test_prompts is not None:
+            raise UsageError("--test-prompts needs --prompts")
         return None
-    train = _table(args.prompts, args)
-    if args.heldout_prompts is None:
-        return train.split(args.holdout, seed=args.split_seed)
-    from textgym.prompts import link
-
-    return train, link(train, _table(args.heldout_prompts, args))[1]
+    rest = _table(args.prompts, args)
+    if args.test_prompts is None:
+        rest, test = rest.split(args.holdout, seed=args.split_seed)
+    else:
+        test = _table(args.test_prompts, args)
+    train, validation = rest.split(args.holdout, seed=args.split_seed)
+    link(train, validation, test)
+    return train, validation, test
 
 
 def _table(source: str, args: TaskArgs) -> Prompts:
@@ -93,12 +105,12 @@ def _table(source: str, args: TaskArgs) -> Prompts:
         source,
         prompt=args.prompt_column,
         references=args.reference_column,
-        template=None if template is None else template.encode().decode("unicode_escape"),
+        template=None if template is None else template.replace("\\n", "\n"),
     )
 
 
 class TaskMaker:
-    """Makes environments of one task, on its training or on its held-out prompts.
+    """Makes environments of one task, on any of its splits.
 
     Args:
         args: The options.
@@ -109,48 +121,58 @@ class TaskMaker:
     """
 
     def __init__(self, args: TaskArgs) -> None:
-        self.id = args.env
-        known = [entry.id for entry in ENVIRONMENTS]
-        if args.env not in gym.registry:
-            raise UsageError(f"no environment {args.env!r}; there are {', '.join(known)}")
-        try:
-            self.knobs: dict[str, Any] = json.loads(args.env_args)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"--env-args is not JSON ({error}): {args.env_args!r}") from error
-        if not isinstance(self.knobs, dict):
-            raise UsageError(f"--env-args must be a JSON object, got {args.env_args!r}")
-        self.tables = load_prompts(args)
+        self.tables = load_tables(args)
+        own = self.tables is not None
+        self.id = args.env or ("TextGen-v0" if own else "textgym/DataToText-v0")
+        if self.id not in [entry.id for entry in ENVIRONMENTS]:
+            known = ", ".join(entry.id for entry in ENVIRONMENTS)
+            raise UsageError(f"no environment {self.id!r}; there are {known}")
+        if own != (self.id == "TextGen-v0"):
+            raise UsageError(
+                "--prompts and TextGen-v0 go together; other environments have prompts"
+            )
         given = {
             "reward": None if args.reward is None else reward_of(args.reward),
             "max_new_tokens": args.max_new_tokens,
             "max_prompt_tokens": args.max_prompt_tokens,
             "truncate_prompt": args.truncate_prompt,
             "stop": args.stop or None,
-            "tokenizer": None if args.model == "embedded" else args.model,
         }
+        self.knobs = _json_object(args.env_args)
         self.knobs |= {name: value for name, value in given.items() if value is not None}
-        if self.tables is not None and args.env != "TextGen-v0":
-            raise UsageError(f"--prompts are for TextGen-v0; {args.env} makes its own")
+        self._tokenizer(args.model)
 
-    def arguments(self, *, heldout: bool) -> dict[str, Any]:
+    def _tokenizer(self, model: str) -> None:
+        """Take the model's tokenizer, unless the environment is tied to one of its own."""
+        if model in (EMBEDDED, RANDOM):
+            return
+        make_task = load_env_creator(str(gym.spec(self.id).entry_point)).make_task
+        if "tokenizer" not in inspect.signature(make_task).parameters:
+            raise UsageError(f"{self.id} has its own tokenizer: use --model {RANDOM}")
+        self.knobs.setdefault("tokenizer", find_model(model))
+
+    def arguments(self, split: Split) -> dict[str, Any]:
         """Arguments of `gym.make` and `gym.make_vec`."""
         if self.tables is not None:
-            return {**self.knobs, "prompts": self.tables[int(heldout)]}
-        if "split" in self.knobs or self.id == "TextGen-v0":
-            return dict(self.knobs)
-        return {**self.knobs, "split": "validation" if heldout else "train"}
+            return {**self.knobs, "prompts": self.tables[SPLITS.index(split)]}
+        return {"split": split, **self.knobs}
 
-    def vector(self, num_envs: int, *, heldout: bool = False) -> Any:
+    def vector(self, split: Split, num_envs: int) -> Any:
         """A vector environment as `collect` wants it."""
-        return gym.make_vec(
-            self.id,
-            num_envs,
-            "vector_entry_point",
-            autoreset_mode="Disabled",
-            **self.arguments(heldout=heldout),
-        ).unwrapped
+        arguments = self.arguments(split)
+        mode = {"vectorization_mode": "vector_entry_point", "autoreset_mode": "Disabled"}
+        return gym.make_vec(self.id, num_envs, **mode, **arguments).unwrapped
 
-    def single(self, *, heldout: bool = False, render_mode: str | None = None) -> Any:
+    def single(self, split: Split) -> Any:
         """A single environment."""
-        arguments = self.arguments(heldout=heldout)
-        return gym.make(self.id, render_mode=render_mode, **arguments).unwrapped
+        return gym.make(self.id, **self.arguments(split)).unwrapped
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--env-args is not JSON ({error}): {text!r}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--env-args must be a JSON object, got {text!r}")
+    return value
