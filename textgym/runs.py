@@ -13,7 +13,8 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -205,7 +206,7 @@ class Run:
             self.log.log(0, metrics)
             self.history.append(metrics)
         self._save(best=improved)
-        self._clock = time.perf_counter()
+        self._fresh_start()
 
     def rollout_done(self) -> None:
         """Note the time: what was done of this update so far was sampling and scoring."""
@@ -247,7 +248,7 @@ class Run:
             self.log.log_samples(count.update, samples())
         if improved or not self.wants_more or count.update % self.config.checkpoint_every == 0:
             self._save(best=improved)
-        self._clock = time.perf_counter()
+        self._fresh_start()
 
     def result(self) -> Result:
         """What was done."""
@@ -263,6 +264,11 @@ class Run:
             self._saved,
             best,
         )
+
+    def _fresh_start(self) -> None:
+        """Begin an update with an empty cache, as a resumed run does, to round as it rounds."""
+        self.policy.invalidate_cache()
+        self._clock = time.perf_counter()
 
     def _held_out(self) -> tuple[dict[str, float], bool]:
         if self._evaluate is None:
@@ -317,7 +323,8 @@ class Run:
 
 def write_policy(policy: CausalLMPolicy, tokenizer: Tokenizer | None, checkpoint: Path) -> None:
     """Write `policy/`, a folder like any model's, and beside it the adapters of a LoRA."""
-    policy.save_pretrained(checkpoint / "policy")
+    with _no_bars():
+        policy.save_pretrained(checkpoint / "policy")
     if tokenizer is not None:
         _write_tokenizer(tokenizer, checkpoint / "policy")
     if _has_adapters(policy):
@@ -347,12 +354,13 @@ def read_policy(policy: CausalLMPolicy, checkpoint: Path) -> None:
                 for name, parameter in trained.items():
                     parameter.copy_(saved[name])
         else:
-            loaded = type(policy).from_pretrained(
-                checkpoint / "policy",
-                device="cpu",
-                dtype=next(policy.model.parameters()).dtype,
-                value_head=policy.value_head is not None,
-            )
+            with _no_bars():
+                loaded = type(policy).from_pretrained(
+                    checkpoint / "policy",
+                    device="cpu",
+                    dtype=next(policy.model.parameters()).dtype,
+                    value_head=policy.value_head is not None,
+                )
             policy.load_state_dict(loaded.state_dict())
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
@@ -412,6 +420,20 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     text = json.dumps(config, indent=2) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which would tear the run's own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _has_adapters(policy: CausalLMPolicy) -> bool:

@@ -145,6 +145,10 @@ class Reward:
 
     def read(self, items: Sequence[Any], texts: Sequence[str], *, optional: bool) -> Scores:
         """Read what `score` or cursors gave for `n` texts, item by item."""
+        if all(type(item) is float for item in items):
+            values = np.array(items, np.float64)
+            if np.isfinite(values).all():  # nearly always, and ten times faster
+                return Scores(values, [None] * len(items))
         scores = Scores(np.full(len(items), np.nan), [None] * len(items))
         for i, item in enumerate(items):
             status: str | None
