@@ -88,7 +88,7 @@ def assert_same(
     length: np.ndarray,
     keys: np.ndarray,
 ) -> None:
-    """Same tokens; where logits differ in their last bits, the first difference is at a boundary."""
+    """Same tokens; where logits differ in their last bits, the first fork is at a boundary."""
     for i in range(len(ids)):
         shared = min(first.count[i], second.count[i])
         one, other = first.tokens[i, :shared], second.tokens[i, :shared]
