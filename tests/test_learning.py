@@ -1,0 +1,181 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from textgym.episodes import Episodes
+from textgym.learning import (
+    GuardedOptimizer,
+    Means,
+    NonFiniteError,
+    RewardScale,
+    UnscoredError,
+    check_scored,
+    learned_weights,
+    learning_rate,
+    microbatches,
+    rollout_metrics,
+    sample_records,
+    shape_rewards,
+    spread,
+)
+from textgym.tokens import symbol_tokenizer
+
+
+def episodes(**changes: Any) -> Episodes:
+    """Three episodes of 2, 1 and 3 action tokens after prompts of one token; the second failed."""
+    lengths = [2, 1, 3]
+    fields: dict[str, Any] = {
+        "ids": np.array([3, 0, 1, 3, 2, 3, 0, 0, 4]),
+        "starts": np.array([0, 3, 5, 9]),
+        "prompt_length": np.array([1, 1, 1]),
+        "column": np.array([1, 2, 1, 1, 2, 3]),
+        "offsets": np.array([0, 2, 3, 6]),
+        "logprob": np.full(6, -1.0, np.float32),
+        "value": np.zeros(6, np.float32),
+        "reward": np.array([0.25, 1.0, 0.0, 0.0, 0.0, 0.5]),
+        "components": {
+            "bleu": np.array([0.25, 1.0, np.nan, np.nan, np.nan, 0.5]),
+            "rare": np.array([np.nan] * 5 + [4.0]),
+        },
+        "terminated": np.ones(3, bool),
+        "truncated": np.zeros(3, bool),
+        "bootstrap_value": np.zeros(3, np.float32),
+        "stop_reason": ["length", "length", "stop_id"],
+        "texts": ["a b", "c", "a a"],
+        "prompts": ["d", "d", "d"],
+        "prompt_row": np.zeros(3, np.int64),
+        "stream": np.zeros(3, np.uint64),
+        "sample_index": np.zeros(3, np.int64),
+        "group": np.arange(3),
+        "weight": np.array([1.0, 0.0, 1.0]),
+        "status": [None, "error: ValueError: boom", None],
+        "traceback": "Traceback: boom",
+        "packed_masks": None,
+        "vocab_size": 6,
+    }
+    assert sum(lengths) == 6
+    return Episodes(**(fields | changes))
+
+
+def test_shaped_rewards_by_hand() -> None:
+    kl = np.array([1.0, 2.0, 0.0, -1.0, 0.0, 4.0])
+    got = shape_rewards(episodes(), kl, beta=0.5)
+    np.testing.assert_allclose(got, [-0.25, 0.0, 0.0, 0.5, 0.0, -1.5])
+    scale = RewardScale()
+    scale.mean, scale.std = 1.0, 2.0
+    got = shape_rewards(episodes(), None, beta=0.5, scale=scale, cut_penalty=3.0)
+    np.testing.assert_allclose(got, [0.125, (1 - 3 - 1) / 2, (0 - 3 - 1) / 2, 0, 0, -0.25])
+    np.testing.assert_array_equal(episodes().reward, [0.25, 1.0, 0.0, 0.0, 0.0, 0.5])
+
+
+def test_shaping_keeps_the_score_minus_the_price() -> None:
+    """Summed over a response: (score - mean) / std - beta * log ratio of the response."""
+    batch, kl = episodes(), np.random.default_rng(0).normal(size=6)
+    scale = RewardScale()
+    scale.fit(batch.scores, batch.weight)
+    sums = batch.per_episode(shape_rewards(batch, kl, beta=0.3, scale=scale))
+    expected = (batch.scores - scale.mean) / scale.std - 0.3 * batch.per_episode(kl)
+    np.testing.assert_allclose(sums, expected)
+    assert (scale.mean, scale.std) == (0.875, 0.375)  # of 1.25 and 0.5; the unscored one is out
+
+
+def test_learned_weights() -> None:
+    np.testing.assert_array_equal(learned_weights(episodes(), "keep"), [1, 0, 1])
+    np.testing.assert_array_equal(learned_weights(episodes(), "mask"), [0, 0, 1])
+
+
+def test_too_many_unscored() -> None:
+    with pytest.raises(UnscoredError, match=r"1 of 3 .* boom \(1\)") as error:
+        check_scored(episodes())
+    assert "Traceback: boom" in str(error.value)
+    check_scored(episodes(), limit=1 / 3)
+
+
+settings.register_profile("textgym", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("textgym")
+
+
+@given(st.sets(st.integers(0, 2), min_size=1), st.one_of(st.none(), st.integers(1, 4)))
+def test_microbatches_are_a_partition(chosen: set[int], size: int | None) -> None:
+    parts = list(microbatches(np.array(sorted(chosen)), episodes(), size))
+    assert sorted(np.concatenate(parts).tolist()) == sorted(chosen)
+    assert all(0 < len(part) <= (size or 3) for part in parts)
+
+
+def test_learning_rate_by_hand() -> None:
+    options = {"warmup_updates": 3, "final": 0.2}
+    assert learning_rate(1.0, 0, 0.0, **options) == 0.25
+    assert learning_rate(1.0, 3, 0.0, **options) == 1.0
+    assert learning_rate(2.0, 9, 0.5, **options) == pytest.approx(2 * 0.6)
+    assert learning_rate(1.0, 9, 1.5, **options) == pytest.approx(0.2)
+    assert learning_rate(1.0, 0, 0.7, warmup_updates=0, final=1.0) == 1.0
+
+
+def test_steps_that_are_not_finite_are_skipped() -> None:
+    module = torch.nn.Linear(2, 1)
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer = GuardedOptimizer(module, lr=0.1, max_grad_norm=1.0, limit=3)
+
+    def step(scale: float) -> float:
+        loss = scale * module(torch.ones(1, 2)).sum()
+        loss.backward()
+        return optimizer.step(float(loss.detach()))
+
+    assert math.isnan(step(math.inf))
+    assert math.isnan(step(math.nan))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert step(1.0) == pytest.approx(math.sqrt(3))  # of (1, 1, 1), before clipping
+    assert (optimizer.skipped, optimizer.in_a_row) == (2, 0)
+    step(math.nan)
+    step(math.nan)
+    state = optimizer.state_dict()
+    again = GuardedOptimizer(module, lr=0.1, max_grad_norm=1.0, limit=3)
+    again.load_state_dict(state)
+    assert (again.skipped, again.in_a_row) == (4, 2)
+    with pytest.raises(NonFiniteError, match="3 steps in a row"):
+        step(math.nan)
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_clipping_bounds_the_gradient() -> None:
+    module = torch.nn.Linear(2, 1, bias=False)
+    optimizer = GuardedOptimizer(module, lr=0.0, max_grad_norm=0.5)
+    (100 * module(torch.ones(1, 2)).sum()).backward()
+    seen = []
+    optimizer.adam.register_step_pre_hook(lambda *_: seen.append(float(module.weight.grad.norm())))
+    assert optimizer.step(1.0) == pytest.approx(100 * math.sqrt(2))
+    assert seen == [pytest.approx(0.5)]
+
+
+def test_means() -> None:
+    means = Means()
+    means.add(1.0, loss__policy=1.0)
+    means.add(3.0, loss__policy=2.0, other=math.nan)
+    assert means.result() == {"loss/policy": 1.75}
+
+
+def test_rollout_metrics_by_hand() -> None:
+    metrics = rollout_metrics(episodes())
+    assert metrics["rollout/reward_mean"] == pytest.approx(0.875)
+    assert metrics["rollout/reward_std"] == pytest.approx(0.375)
+    assert metrics["rollout/response_length"] == 2.0
+    assert metrics["rollout/unscored"] == pytest.approx(1 / 3)
+    assert metrics["rollout/length"] == pytest.approx(2 / 3)
+    assert metrics["rollout/stop_id"] == pytest.approx(1 / 3)
+    assert metrics["reward/bleu"] == pytest.approx(0.875)  # of 1.25 and 0.5
+    assert metrics["reward/rare"] == 4.0  # the one episode that it applies to
+
+
+def test_sample_records() -> None:
+    (record,) = sample_records(episodes(), symbol_tokenizer("a b c d".split()), [0])
+    assert record["tokens"] == ["a", "b"]
+    assert record["token_rewards"].tolist() == [0.25, 1.0]
+    assert record["components"] == {"bleu": 1.25, "rare": 0.0}
+    assert (record["score"], record["text"]) == (1.25, "a b")
+    assert spread(10, 4) == [0, 3, 6, 9]
+    assert spread(2, 4) == [0, 1]
