@@ -308,6 +308,10 @@ class TestLora:
         assert torch.equal(policy.evaluate(batch).logprob, expected)  # saving changed nothing
         loaded = CausalLMPolicy.from_pretrained(tmp_path, device="cpu")
         assert torch.allclose(loaded.evaluate(batch).logprob, expected, atol=1e-4)
+        plain = CausalLMPolicy(make_model(family), device="cpu").evaluate(batch).logprob
+        policy.frozen_copy().save_pretrained(tmp_path)
+        loaded = CausalLMPolicy.from_pretrained(tmp_path, device="cpu")
+        assert torch.allclose(loaded.evaluate(batch).logprob, plain, atol=1e-5)
 
     def test_the_global_generators_are_left_alone(self, make_model: Callable[..., Any]) -> None:
         model = make_model()

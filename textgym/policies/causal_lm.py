@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from textgym import streams
 from textgym.policies.backbone import Backbone
 from textgym.policies.generation import write_responses
-from textgym.policies.loading import is_lora, merged
+from textgym.policies.loading import is_lora, without_adapters
 from textgym.policies.observation import (
     check_context,
     read_observation,
@@ -340,7 +340,7 @@ class CausalLMPolicy(Backbone):
             "seed": self.seed,
             "logit_chunk": self.logit_chunk,
         }
-        plain = self._core if self._adapters_off else merged(self.model)
+        plain = without_adapters(self.model, merge=not self._adapters_off)
         write_policy(Path(folder), plain, self.value_head, settings)
 
     @classmethod

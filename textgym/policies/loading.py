@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,16 +96,16 @@ def add_lora(model: PreTrainedModel, lora: int | Mapping[str, Any] | Any, seed: 
         return get_peft_model(model, lora).eval()
 
 
-def merged(model: Any) -> PreTrainedModel:
-    """Give a plain model with the adapters merged into its weights; the argument stays as it is."""
+def without_adapters(model: Any, *, merge: bool) -> PreTrainedModel:
+    """Give a plain model, with the adapters merged into its weights or left out of them.
+
+    The argument stays as it is.
+    """
     if not is_lora(model):
         return model  # type: ignore[no-any-return]
-    import copy
-
-    with warnings.catch_warnings():
-        # Tied embeddings among the adapted layers: merging into both is what is wanted.
-        warnings.simplefilter("ignore", UserWarning)
-        return copy.deepcopy(model).merge_and_unload()  # type: ignore[no-any-return]
+    twin = copy.deepcopy(model)
+    plain: PreTrainedModel = twin.merge_and_unload() if merge else twin.unload()
+    return plain
 
 
 def is_lora(model: Any) -> bool:

@@ -45,9 +45,8 @@ class SlotDecoder:
         self.base = base
         self.float_mask = float_mask
         self.store = SlotStore(num_layers)
-        self.tokens: Ints = np.zeros(
-            (0, 0), np.int64
-        )  # ids that row r holds, in the first `held[r]` columns
+        # The ids that row r holds are the first held[r] columns of tokens[r].
+        self.tokens: Ints = np.zeros((0, 0), np.int64)
         self.held: Ints = np.zeros(0, np.int64)
         self.slot: Ints = np.zeros(0, np.int64)  # the slot of row r
         self._last_rows: Ints | None = None
