@@ -107,6 +107,16 @@ def test_a_stop_id_at_once_is_an_empty_response() -> None:
     assert (outcome.stop_reason[0], outcome.text[0], outcome.reward[0]) == ("stop_id", "", 0.0)
 
 
+def test_a_stop_id_is_not_in_the_text_even_where_it_has_one() -> None:
+    spy = Spy()
+    outcome = play(make(stop=C, reward=spy), [A, B, C])
+    assert (outcome.stop_reason[0], outcome.text[0]) == ("stop_id", "a b")
+    assert (spy.batches[0].texts, spy.batches[0].token_ids) == (["a b"], [[A, B, C]])
+    mdp = make(stop=C)
+    play(mdp, [A, B, C])
+    assert mdp.response_text(0) == "a b"
+
+
 def test_the_budget_terminates_or_truncates() -> None:
     outcome = play(make(budget="terminate"), [A, B, A, B])
     assert (outcome.terminated[0], outcome.truncated[0]) == (True, False)

@@ -6,8 +6,10 @@ import copy
 import csv
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,28 @@ def test_e2e_devset_groups_its_references(shared: Path) -> None:
     assert sum(len(row["references"]) for row in table) == 4672
     assert table.columns == ("prompt", "references")
     assert table[0]["prompt"] == "name[Alimentum], area[city centre], familyFriendly[no]"
+
+
+def test_a_dataset_is_loaded_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(name: str, *, split: str) -> list[dict[str, Any]]:
+        asked.append((name, split))
+        return ROWS
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    loaded = Prompts.load("someone/rows", split="test")
+    assert (asked, loaded.name, list(loaded)) == ([("someone/rows", "test")], "someone/rows", ROWS)
+
+
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = as_parquet(tmp_path, ROWS)
+    for module in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r"needs pyarrow: pip install 'textgym\[data\]'"):
+        Prompts.load(source)
+    with pytest.raises(ImportError, match=r"needs datasets: pip install 'textgym\[data\]'"):
+        Prompts.load("someone/rows")
 
 
 def test_a_table_is_returned_as_it_is_unless_something_is_asked() -> None:

@@ -382,6 +382,18 @@ def test_a_state_goes_from_a_single_environment_to_a_row_and_back() -> None:
     assert [vector.step(np.array([A, a]))[1][1] for a in (B, C, EOS)] == expected
 
 
+def test_a_state_in_an_environment_that_was_never_reset() -> None:
+    """The other rows begin episodes of their own, each from another seed."""
+    source, fresh = TextGenVectorEnv(BUILT["dense"], 1), TextGenVectorEnv(BUILT["dense"], 4)
+    source.reset(seed=1)
+    source.step(np.array([A]))
+    fresh.set_state(1, source.get_state(0))
+    _, _, _, _, info = fresh.step(np.array([A] * 4))
+    assert info["_stream"].tolist() == [True, False, True, True]
+    assert len(set(info["stream"].tolist())) == 4
+    assert fresh.mdp.length[1] == source.mdp.length[0] + 1
+
+
 def test_statistics_wrapper_of_gymnasium() -> None:
     env = gym.wrappers.vector.RecordEpisodeStatistics(TextGenVectorEnv(BUILT["terminal"], 2))
     env.reset(seed=0)

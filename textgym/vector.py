@@ -164,9 +164,10 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         Raises:
             ValueError: The state does not fit this task.
         """
+        self._seed_once()
         self.mdp.set_state(row, state)
         self._waiting[row] = state.done
-        self._seeded = self._began = True
+        self._began = True
         return self._observation()
 
     def _last_info(self, row: int) -> dict[str, Any]:
@@ -187,11 +188,15 @@ class TextGenVectorEnv(VectorEnv[Observations, NDArray[np.int64], NDArray[Any]])
         else:
             rows, values = [], []
         super().reset(seed=values[0] if values else None)
+        self._seed_once()
+        self.mdp.seed[rows] = np.array([v % 2**64 for v in values], np.uint64)
+        self.mdp.episode[rows] = 0
+
+    def _seed_once(self) -> None:
+        """Draw a seed for each row of an environment that was never given any."""
         if not self._seeded:
             self.mdp.seed[:] = self.np_random.integers(2**31, size=self.num_envs)
             self._seeded = True
-        self.mdp.seed[rows] = np.array([v % 2**64 for v in values], np.uint64)
-        self.mdp.episode[rows] = 0
 
     def _mask(self, mask: Any) -> Bools:
         if mask is None:
