@@ -18,7 +18,8 @@ from rich.console import Console
 
 from textgym.commands.errors import reported
 from textgym.commands.measure import Measured, ceiling, measure, sampler
-from textgym.commands.models import RANDOM, load_policy
+from textgym.commands.models import load_policy
+from textgym.commands.options import OPTIONS, value_of
 from textgym.commands.report import (
     as_json,
     completions_json,
@@ -27,8 +28,7 @@ from textgym.commands.report import (
     summary,
     write_json,
 )
-from textgym.commands.setup import Split, TaskArgs, TaskMaker
-from textgym.commands.train import OPTIONS, value_of
+from textgym.commands.setup import Split, TaskArgs, TaskMaker, default_model
 
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
@@ -80,10 +80,11 @@ def run(arguments: Sequence[str]) -> int:
     )
     console = Console(highlight=False)
     with reported():
-        envs = TaskMaker(args).vector(args.split, args.num_envs)
+        maker = TaskMaker(args)
+        envs = maker.vector(args.split, args.num_envs)
         task = envs.task
         loading = {"device": args.device, "dtype": args.dtype, "temperature": args.temperature}
-        policy = load_policy(args.model, task, seed=args.seed, **loading)
+        policy = load_policy(maker.model, task, seed=args.seed, **loading)
         reference = policy.frozen_copy()
         if args.reference is not None:
             reference = load_policy(args.reference, task, seed=args.seed, **loading).frozen_copy()
@@ -95,11 +96,11 @@ def run(arguments: Sequence[str]) -> int:
     number = len(columns["greedy"].prompts)
     print_completions(console, columns, args.completions)
     console.print()
-    console.print(metrics_table(f"{args.model}: {number} {args.split} prompts", shown))
+    console.print(metrics_table(f"{maker.model}: {number} {args.split} prompts", shown))
     if top is not None:
         console.print("[dim]ceiling: one reference scored against the others[/]")
     result = {
-        "model": args.model,
+        "model": maker.model,
         "split": args.split,
         "prompts": number,
         "metrics": as_json(shown),
@@ -129,11 +130,15 @@ def _defaults(arguments: Sequence[str]) -> EvalArgs:
     path = Path(model or "") / OPTIONS
     if model is None or not path.is_file():
         return EvalArgs()
-    saved = json.loads(path.read_text(encoding="utf-8"))["args"]
+    options = json.loads(path.read_text(encoding="utf-8"))
+    saved, seed = options["args"], options["config"]["seed"]
     names = {field.name for field in dataclasses.fields(TaskArgs)}
     given = {name: value for name, value in saved.items() if name in names}
     given["stop"] = tuple(given["stop"])
-    started_from = None if saved["model"] == RANDOM else saved["model"]
+    started_from = saved["model"] or default_model(saved["env"])
     return EvalArgs(
-        **{**given, "model": model}, reference=started_from, temperature=saved["temperature"]
+        **{**given, "model": model},
+        reference=started_from,
+        seed=seed,
+        temperature=saved["temperature"],
     )

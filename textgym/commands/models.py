@@ -52,8 +52,11 @@ def load_policy(name: str, task: Task, *, seed: int = 0, **settings: Any) -> Cau
         ValueError: The model does not fit the task.
         OSError: There is no such model.
     """
+    from transformers.utils import logging
+
     from textgym.policies import CausalLMPolicy, random_causal_lm
 
+    logging.disable_progress_bar()
     if name == RANDOM:
         model = random_causal_lm(task.vocab_size, max_positions=task.max_length, seed=seed)
         return CausalLMPolicy(model, vocab_size=task.vocab_size, seed=seed, **settings)

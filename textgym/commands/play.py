@@ -54,7 +54,9 @@ class Game:
     def __init__(self, args: PlayArgs, console: Console) -> None:
         self.args, self.console = args, console
         with reported():
-            self.env = TaskMaker(args).single(args.split)
+            maker = TaskMaker(args)
+            self.env = maker.single(args.split)
+        self.model = maker.model
         self.tokenizer = self.env.task.tokenizer
         self.rewards: list[float] = []
         self.pieces: list[str] = []
@@ -96,7 +98,7 @@ class Game:
                 )
             ids = [self.env.task.stop_ids[0]]
         else:
-            ids = list(self.tokenizer.backend.encode(line, add_special_tokens=False).ids)
+            ids = self.encoded(line)
         if self.args.by == "token" and len(ids) != 1:
             pieces = ", ".join(f"#{i} {self.tokenizer.piece(i)!r}" for i in ids)
             raise UsageError(f"that is {len(ids)} tokens ({pieces}); give one at a time")
@@ -104,6 +106,15 @@ class Game:
         if bad:
             raise UsageError(f"id {bad[0]} is outside the vocabulary of {self.env.task.vocab_size}")
         return ids
+
+    def encoded(self, line: str) -> list[int]:
+        """Ids of typed text, without special tokens."""
+        backend = self.tokenizer.backend
+        try:
+            return list(backend.encode(line, add_special_tokens=False).ids)
+        except Exception as error:  # what the tokenizers library raises is a bare Exception
+            some = ", ".join(repr(self.tokenizer.piece(i)) for i in range(5))
+            raise UsageError(f"no tokens for {line!r} ({error}); tokens are {some}, ...") from error
 
     def append(self, ids: Sequence[int]) -> bool:
         """Step through token ids; returns whether the response has ended."""
@@ -133,7 +144,7 @@ class Game:
             from textgym.commands.models import load_policy
 
             with reported(), self.console.status("loading the model"):
-                self.policy = load_policy(self.args.model, self.env.task, seed=self.args.seed)
+                self.policy = load_policy(self.model, self.env.task, seed=self.args.seed)
         left = 1 << 30 if count is None else count
         while left > 0:
             batched = {k: v[None] for k, v in self.observation.items()}

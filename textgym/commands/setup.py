@@ -34,8 +34,9 @@ class TaskArgs:
     --prompts."""
     env_args: str = "{}"
     """Arguments of the environment as JSON, for example '{"max_facts": 3}'."""
-    model: str = EMBEDDED
-    """Folder or hub name of model and tokenizer, folder of a run, "embedded", or "random"."""
+    model: str | None = None
+    """Folder or hub name of model and tokenizer, folder of a run, "embedded" or "random"; default
+    is "embedded", and "random" for environments with a tokenizer of their own."""
     prompts: str | None = None
     """Your own prompts: a .csv, .tsv, .jsonl or .parquet file, or a dataset's hub name."""
     prompt_column: str = "prompt"
@@ -140,16 +141,9 @@ class TaskMaker:
         }
         self.knobs = _json_object(args.env_args)
         self.knobs |= {name: value for name, value in given.items() if value is not None}
-        self._tokenizer(args.model)
-
-    def _tokenizer(self, model: str) -> None:
-        """Take the model's tokenizer, unless the environment is tied to one of its own."""
-        if model in (EMBEDDED, RANDOM):
-            return
-        make_task = load_env_creator(str(gym.spec(self.id).entry_point)).make_task
-        if "tokenizer" not in inspect.signature(make_task).parameters:
-            raise UsageError(f"{self.id} has its own tokenizer: use --model {RANDOM}")
-        self.knobs.setdefault("tokenizer", find_model(model))
+        self.model = args.model or default_model(self.id)
+        if self.model not in (EMBEDDED, RANDOM) and takes_tokenizer(self.id):
+            self.knobs.setdefault("tokenizer", find_model(self.model))
 
     def arguments(self, split: Split) -> dict[str, Any]:
         """Arguments of `gym.make` and `gym.make_vec`."""
@@ -166,6 +160,19 @@ class TaskMaker:
     def single(self, split: Split) -> Any:
         """A single environment."""
         return gym.make(self.id, **self.arguments(split)).unwrapped
+
+
+def takes_tokenizer(env_id: str) -> bool:
+    """Whether an environment is played with any model's tokenizer, or has one of its own."""
+    make_task = load_env_creator(str(gym.spec(env_id).entry_point)).make_task
+    return "tokenizer" in inspect.signature(make_task).parameters
+
+
+def default_model(env_id: str | None) -> str:
+    """What `--model` is where it is not given."""
+    if env_id is None or env_id not in gym.registry:
+        return EMBEDDED
+    return EMBEDDED if takes_tokenizer(env_id) else RANDOM
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
-import textgym.agents
+from textgym.checkpoint import CheckpointError, prepare_folder
 from textgym.commands.errors import UsageError, reported
 from textgym.commands.listing import agent_modules
 from textgym.commands.measure import Measured, ceiling, measure
 from textgym.commands.models import load_policy
+from textgym.commands.options import (
+    OPTIONS,
+    TrainArgs,
+    agent_class,
+    config_for,
+    parse,
+    plain,
+    saved_options,
+    value_of,
+)
 from textgym.commands.report import (
     as_json,
     completions_json,
@@ -34,7 +41,8 @@ from textgym.commands.report import (
     summary,
     write_json,
 )
-from textgym.commands.setup import TaskArgs, TaskMaker
+from textgym.commands.setup import TaskMaker
+from textgym.learning import NonFiniteError, UnscoredError
 from textgym.logging import plot_learning_curve, read_metrics
 from textgym.runs import Result, read_policy
 from textgym.tokens import EMBEDDED
@@ -42,53 +50,15 @@ from textgym.tokens import EMBEDDED
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
 
-OPTIONS, REPORT = "run.json", "report.json"
+REPORT = "report.json"
 REPORT_SEED = 0x7E57
 PROBE_UPDATES = 8  # of SFT, to see how many tokens fit into the time that RL took
 TOTAL_TOKENS = 200_000
-FOR_EMBEDDED: dict[str, dict[str, Any]] = {
-    "ppo": {"lr": 1e-3, "kl_coef": 0.01},
-    "reinforce": {"lr": 1e-3, "kl_coef": 0.01},
-    "sft": {"lr": 1e-3},
-}
-"""What differs from a config's defaults for the embedded model, which is tiny."""
-
-
-@dataclass(frozen=True)
-class TrainArgs(TaskArgs):
-    """Train a language model, and compare it on held-out prompts before and after."""
-
-    agent: str = "ppo"
-    """Which algorithm; its own options follow from it."""
-    total_tokens: int | None = None
-    """Action tokens to train on; sft: None is its `epochs`."""
-    folder: Path | None = None
-    """Where everything goes; default is a new one under runs/."""
-    resume: bool = False
-    """Go on with the run in --folder, with its options."""
-    num_envs: int = 64
-    """Rows of the vector environment; changes speed, not results."""
-    device: str = "auto"
-    """Where the model lives: "auto" is CUDA if there is any, else the CPU."""
-    dtype: str | None = None
-    """Of the weights; default is float32."""
-    lora: int | None = None
-    """Train low-rank adapters of this rank instead of all weights."""
-    temperature: float = 1.0
-    """Divides the logits, in sampling and in learning alike."""
-    report_prompts: int = 256
-    """Test prompts of the table that is printed; fewer are sampled several times."""
-    completions: int = 4
-    """Prompts whose responses are printed side by side."""
-    sft_baseline: bool | None = None
-    """Whether to train SFT for the same time and compare; default is with the embedded model."""
-    quiet: bool = False
-    """No progress."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Train by reinforcement learning."""
-    name = value_of("--agent", arguments) or _saved(arguments).get("agent") or "ppo"
+    name = value_of("--agent", arguments) or saved_options(arguments).get("agent") or "ppo"
     names = [agent for agent in agent_modules() if agent != "sft"]
     if name not in names:
         hint = "; use `textgym sft`" if name == "sft" else ""
@@ -109,46 +79,6 @@ def _run(agent: str, arguments: Sequence[str]) -> int:
     return training.run()
 
 
-def parse(agent: str, arguments: Sequence[str]) -> tuple[TrainArgs, Any]:
-    """Read the options of the run, and of its agent into the agent's own config.
-
-    Args:
-        agent: Module of `textgym.agents`.
-        arguments: The options. With `--resume`, those of the run in `--folder` are the defaults.
-    """
-    config_type = agent_class(agent, "Config")
-    saved = _saved(arguments)
-    args, config = TrainArgs(agent=agent), default_config(agent, arguments)
-    if saved:
-        given = {**saved["args"], "stop": tuple(saved["args"]["stop"])}
-        args, config = TrainArgs(**given), config_type(**saved["config"])
-    both = dataclasses.make_dataclass(
-        "Options", [("run", TrainArgs), (agent, config_type)], frozen=True
-    )
-    parsed: Any = tyro.cli(
-        both,
-        args=arguments,
-        default=both(args, config),
-        prog="textgym sft" if agent == "sft" else "textgym train",
-        description=__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    return parsed.run, getattr(parsed, agent)
-
-
-def agent_class(agent: str, suffix: str = "") -> Any:
-    """Class or config of an agent, by the name of its module."""
-    name = next(n for n, module in textgym.agents.WHERE.items() if module == agent)
-    return getattr(textgym.agents, name.removesuffix("Config") + suffix)
-
-
-def default_config(agent: str, arguments: Sequence[str]) -> Any:
-    """Where the options start: the config's defaults, or what suits the embedded model."""
-    model = value_of("--model", arguments) or EMBEDDED
-    changed = FOR_EMBEDDED.get(agent, {}) if model == EMBEDDED else {}
-    return agent_class(agent, "Config")(**changed)
-
-
 class Training:
     """One run of the command.
 
@@ -166,6 +96,11 @@ class Training:
         self.agent, self.args, self.config, self.console = agent, args, config, console
         self.maker = TaskMaker(args)
         self.folder = _folder(agent, args, self.maker.id)
+        if not args.resume and (self.folder / OPTIONS).exists():
+            raise UsageError(
+                f"{self.folder} already holds a run: go on with --resume, or choose another folder"
+            )
+        prepare_folder(self.folder)
         self.envs = self.maker.vector("train", args.num_envs)
         self.validation = self.maker.vector("validation", args.num_envs)
         self.test = self.maker.vector("test", args.num_envs)
@@ -177,7 +112,7 @@ class Training:
         """The policy before training."""
         args = self.args
         return load_policy(
-            args.model,
+            self.maker.model,
             self.envs.task,
             seed=self.config.seed,
             device=args.device,
@@ -198,13 +133,17 @@ class Training:
         args, console = self.args, self.console
         self.introduce()
         before = self.measure(self.policy if not args.resume else self.start())
-        self.folder.mkdir(parents=True, exist_ok=True)
-        options = {"agent": self.agent, "args": _plain(args), "config": _plain(self.config)}
+        options = {"agent": self.agent, "args": plain(args), "config": plain(self.config)}
         write_json(self.folder / OPTIONS, options)
-        result = self.learner.learn(self.total_tokens, resume=args.resume, quiet=args.quiet)
+        command = "sft" if self.agent == "sft" else "train"
+        again = f"textgym {command} --resume --folder {self.folder}"
+        try:
+            result = self.learner.learn(self.total_tokens, resume=args.resume, quiet=args.quiet)
+        except (CheckpointError, NonFiniteError, UnscoredError) as error:
+            console.print(f"[red]{escape(str(error))}[/]\nwhen that is mended: {escape(again)}")
+            return 1
         if result.interrupted:
-            command = "sft" if self.agent == "sft" else "train"
-            console.print(f"go on with: textgym {command} --resume --folder {self.folder}")
+            console.print(f"go on with: {escape(again)}", soft_wrap=True)
             return 130
         seconds = trained_seconds(self.folder)
         best = result.best_checkpoint
@@ -226,7 +165,7 @@ class Training:
         rewards = " + ".join(self.envs.task.schedule.names)
         self.console.print(
             f"[bold]{self.agent}[/] on {self.maker.id}, reward {rewards}"
-            f"\nmodel {escape(self.args.model)}: {parameters:,} parameters on {self.policy.device}"
+            f"\nmodel {escape(self.maker.model)}: {parameters:,} parameters on {self.policy.device}"
             f"\nprompts: {tables[0]} training, {tables[1]} validation, {tables[2]} test"
             f"\nfolder {escape(str(self.folder))}"
         )
@@ -244,7 +183,7 @@ class Training:
         asked = self.args.sft_baseline
         if self.agent == "sft" or "references" not in self.envs.task.prompts.columns:
             return False
-        return self.args.model == EMBEDDED if asked is None else asked
+        return self.maker.model == EMBEDDED if asked is None else asked
 
     def measure(self, policy: CausalLMPolicy) -> Measured:
         """Sample responses to the test prompts; every policy gets the same draws.
@@ -259,8 +198,7 @@ class Training:
 
     def baseline(self, seconds: float) -> Measured:
         """Train SFT from the same start for as long, its weights chosen on validation."""
-        config = default_config("sft", ["--model", self.args.model])
-        config = dataclasses.replace(config, seed=self.config.seed)
+        config = dataclasses.replace(config_for("sft", self.maker.model), seed=self.config.seed)
         folder = self.folder / "sft"
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory() as scratch:  # how fast it is, on weights thrown away
@@ -305,7 +243,10 @@ class Training:
         write_json(folder / REPORT, written)
         curve = plot_learning_curve(folder)
         kept = result.best_checkpoint or result.checkpoint
-        console.print(f"\nlearning curve {escape(str(curve))}\ncheckpoint     {escape(str(kept))}")
+        console.print(
+            f"\nlearning curve {escape(str(curve))}\ncheckpoint     {escape(str(kept))}",
+            soft_wrap=True,
+        )
         console.print(f"score it with: textgym eval --model {escape(str(folder))}")
 
 
@@ -324,37 +265,3 @@ def _folder(agent: str, args: TrainArgs, env_id: str) -> Path:
     return next(
         folder for k in itertools.count(1) if not (folder := Path("runs") / f"{stem}-{k}").exists()
     )
-
-
-def _saved(arguments: Sequence[str]) -> dict[str, Any]:
-    """Options of the run that is to be resumed; empty where none is."""
-    folder = value_of("--folder", arguments)
-    if folder is None or "--resume" not in arguments or "--help" in arguments:
-        return {}
-    path = Path(folder) / OPTIONS
-    if not path.is_file():
-        raise UsageError(f"--resume: {folder} holds no run ({OPTIONS} is missing)")
-    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return saved
-
-
-def value_of(option: str, arguments: Sequence[str]) -> str | None:
-    """Value of one option, read before the others are known."""
-    for i, argument in enumerate(arguments):
-        if argument == option and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(f"{option}="):
-            return argument.partition("=")[2]
-    return None
-
-
-def _plain(options: Any) -> dict[str, Any]:
-    """A dataclass as JSON values that do not depend on the working directory."""
-    values = dataclasses.asdict(options)
-    for name in ("prompts", "test_prompts", "model"):
-        value = values.get(name)
-        if isinstance(value, str) and Path(value).exists():
-            values[name] = str(Path(value).resolve())
-    for name, value in values.items():
-        values[name] = str(value) if isinstance(value, Path) else value
-    return {name: value for name, value in values.items() if name not in ("resume", "folder")}

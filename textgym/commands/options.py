@@ -1,0 +1,140 @@
+"""Options of `train` and `sft`: those of the run, and the fields of the agent's own config.
+
+The config is the dataclass that Python users pass; tyro shows both on one command line. A run keeps
+its options in `run.json`, so that `--resume --folder <run>` needs no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import textgym.agents
+from textgym.commands.errors import UsageError
+from textgym.commands.setup import TaskArgs, default_model
+from textgym.tokens import EMBEDDED
+
+OPTIONS = "run.json"
+FOR_EMBEDDED: dict[str, dict[str, Any]] = {
+    "ppo": {"lr": 1e-3, "kl_coef": 0.01},
+    "reinforce": {"lr": 1e-3, "kl_coef": 0.01},
+    "sft": {"lr": 1e-3},
+}
+"""What differs from a config's defaults for the embedded model, which is tiny."""
+
+
+@dataclass(frozen=True)
+class TrainArgs(TaskArgs):
+    """Train a language model, and compare it on held-out prompts before and after."""
+
+    agent: str = "ppo"
+    """Which algorithm; its own options follow from it."""
+    total_tokens: int | None = None
+    """Action tokens to train on; sft: None is its `epochs`."""
+    folder: Path | None = None
+    """Where everything goes; default is a new one under runs/."""
+    resume: bool = False
+    """Go on with the run in --folder, with its options."""
+    num_envs: int = 64
+    """Rows of the vector environment; changes speed, not results."""
+    device: str = "auto"
+    """Where the model lives: "auto" is CUDA if there is any, else the CPU."""
+    dtype: str | None = None
+    """Of the weights; default is float32."""
+    lora: int | None = None
+    """Train low-rank adapters of this rank instead of all weights."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in learning alike."""
+    report_prompts: int = 256
+    """Test prompts of the table that is printed; fewer are sampled several times."""
+    completions: int = 4
+    """Prompts whose responses are printed side by side."""
+    sft_baseline: bool | None = None
+    """Whether to train SFT for the same time and compare; default is with the embedded model."""
+    quiet: bool = False
+    """No progress."""
+
+
+def parse(agent: str, arguments: Sequence[str]) -> tuple[TrainArgs, Any]:
+    """Read the options of the run, and of its agent into the agent's own config.
+
+    Args:
+        agent: Module of `textgym.agents`.
+        arguments: The options. With `--resume`, those of the run in `--folder` are the defaults.
+    """
+    config_type = agent_class(agent, "Config")
+    saved = saved_options(arguments)
+    args, config = TrainArgs(agent=agent), default_config(agent, arguments)
+    if saved:
+        given = {**saved["args"], "stop": tuple(saved["args"]["stop"])}
+        args, config = TrainArgs(**given), config_type(**saved["config"])
+    both = dataclasses.make_dataclass(
+        "Options", [("run", TrainArgs), (agent, config_type)], frozen=True
+    )
+    parsed: Any = tyro.cli(
+        both,
+        args=arguments,
+        default=both(args, config),
+        prog="textgym sft" if agent == "sft" else "textgym train",
+        description="Options of the run, then those of the agent.",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return parsed.run, getattr(parsed, agent)
+
+
+def agent_class(agent: str, suffix: str = "") -> Any:
+    """Class or config of an agent, by the name of its module."""
+    name = next(n for n, module in textgym.agents.WHERE.items() if module == agent)
+    return getattr(textgym.agents, name.removesuffix("Config") + suffix)
+
+
+def default_config(agent: str, arguments: Sequence[str]) -> Any:
+    """Where the options start: the config's defaults, or what suits the embedded model."""
+    model = value_of("--model", arguments) or default_model(value_of("--env", arguments))
+    return config_for(agent, model)
+
+
+def config_for(agent: str, model: str) -> Any:
+    """The agent's config with what suits a model."""
+    changed = FOR_EMBEDDED.get(agent, {}) if model == EMBEDDED else {}
+    return agent_class(agent, "Config")(**changed)
+
+
+def saved_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of the run that is to be resumed; empty where none is."""
+    folder = value_of("--folder", arguments)
+    if folder is None or "--resume" not in arguments or "--help" in arguments:
+        return {}
+    path = Path(folder) / OPTIONS
+    if not path.is_file():
+        raise UsageError(f"--resume: {folder} holds no run ({OPTIONS} is missing)")
+    saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return saved
+
+
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """Value of one option, read before the others are known."""
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """A dataclass as JSON values that do not depend on the working directory."""
+    values = dataclasses.asdict(options)
+    for name in ("prompts", "test_prompts", "model"):
+        value = values.get(name)
+        if isinstance(value, str) and Path(value).exists():
+            values[name] = str(Path(value).resolve())
+    for name, value in values.items():
+        values[name] = str(value) if isinstance(value, Path) else value
+    return {name: value for name, value in values.items() if name not in ("resume", "folder")}
