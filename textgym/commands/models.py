@@ -56,7 +56,7 @@ def load_policy(name: str, task: Task, *, seed: int = 0, **settings: Any) -> Cau
 
     from textgym.policies import CausalLMPolicy, random_causal_lm
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if name == RANDOM:
         model = random_causal_lm(task.vocab_size, max_positions=task.max_length, seed=seed)
         return CausalLMPolicy(model, vocab_size=task.vocab_size, seed=seed, **settings)

@@ -153,9 +153,8 @@ class TaskMaker:
 
     def vector(self, split: Split, num_envs: int) -> Any:
         """A vector environment as `collect` wants it."""
-        arguments = self.arguments(split)
-        mode = {"vectorization_mode": "vector_entry_point", "autoreset_mode": "Disabled"}
-        return gym.make_vec(self.id, num_envs, **mode, **arguments).unwrapped
+        arguments = {**self.arguments(split), "autoreset_mode": "Disabled"}
+        return gym.make_vec(self.id, num_envs, "vector_entry_point", **arguments).unwrapped
 
     def single(self, split: Split) -> Any:
         """A single environment."""
@@ -164,8 +163,8 @@ class TaskMaker:
 
 def takes_tokenizer(env_id: str) -> bool:
     """Whether an environment is played with any model's tokenizer, or has one of its own."""
-    make_task = load_env_creator(str(gym.spec(env_id).entry_point)).make_task
-    return "tokenizer" in inspect.signature(make_task).parameters
+    environment: Any = load_env_creator(str(gym.spec(env_id).entry_point))
+    return "tokenizer" in inspect.signature(environment.make_task).parameters
 
 
 def default_model(env_id: str | None) -> str:
