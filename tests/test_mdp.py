@@ -187,9 +187,12 @@ def test_of_several_reasons_the_first_counts(
 
 
 def test_a_time_limit_truncates_without_an_outcome_and_an_end_comes_first() -> None:
-    outcome = play(make(max_episode_steps=2), [A, B])
+    mdp = make(max_episode_steps=2)
+    outcome = play(mdp, [A, B])
     assert (outcome.terminated[0], outcome.truncated[0]) == (False, True)
     assert (outcome.reward[0], outcome.stop_reason[0], outcome.text) == (0.0, None, {})
+    with pytest.raises(ResetNeeded):
+        mdp.step([A])
     outcome = play(make(max_episode_steps=2), [A, EOS])
     assert (outcome.terminated[0], outcome.truncated[0]) == (True, False)
 
@@ -428,6 +431,7 @@ def test_a_larger_vocabulary_than_the_tokenizer() -> None:
     [
         ({"prompts": []}, "no prompts"),
         ({"prompts": [{"prompt": "a z"}]}, "row 0, column 'prompt': .*cannot encode 'a z'"),
+        ({"prompts": [{"prompt": "\ud800"}]}, "row 0, column 'prompt': "),  # half a character
         ({"prompts": [{"prompt": "a"}, {"prompt": [7]}]}, "row 1, column 'prompt': token id 7"),
         ({"reward": "bleu"}, "references"),
         ({"budget": "stop"}, "budget must be 'terminate' or 'truncate', got 'stop'"),

@@ -150,6 +150,9 @@ def test_an_empty_prompt_becomes_bos_or_an_error() -> None:
 
 def test_bad_prompts() -> None:
     handle = load_tokenizer(hf_tokenizer())
+    for source in (handle, load_tokenizer("embedded")):
+        with pytest.raises(ValueError, match="cannot encode"):
+            source.encode("half a character: \ud800")
     with pytest.raises(ValueError, match="no chat template; use a chat model's tokenizer"):
         handle.encode([{"role": "user", "content": "hello"}])
     with pytest.raises(ValueError, match="id 99 is outside the vocabulary of 8 ids"):

@@ -174,7 +174,8 @@ def _encode(table: Prompts, row: Mapping[str, Any], index: int, tokenizer: Token
     try:
         return tokenizer.encode(row["prompt"])
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{table.name}: row {index}, column 'prompt': {error}") from None
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{table.name}: row {index}, column 'prompt': {error}") from None
 
 
 def _stops(

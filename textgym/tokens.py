@@ -116,11 +116,11 @@ class Tokenizer:
             return str(text)
         return str(self.backend.id_to_token(int(token_id)) or f"<{int(token_id)}>")
 
-    def _encode_text(self, text: str) -> list[int]:
-        if self.hf is not None:
-            return [int(i) for i in self.hf.encode(text, add_special_tokens=True)]
+    def _encode_text(self, text: str, special: bool = True) -> list[int]:
         try:
-            return list(self.backend.encode(text, add_special_tokens=True).ids)
+            if self.hf is not None:
+                return [int(i) for i in self.hf.encode(text, add_special_tokens=special)]
+            return list(self.backend.encode(text, add_special_tokens=special).ids)
         except Exception as error:  # `tokenizers` raises no class of its own
             raise ValueError(
                 f"tokenizer {self.name!r} cannot encode {text!r:.80}: {error}"
@@ -135,7 +135,7 @@ class Tokenizer:
         text = self.hf.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
         )
-        return [int(i) for i in self.hf.encode(text, add_special_tokens=False)]
+        return self._encode_text(text, special=False)
 
 
 def load_tokenizer(source: Any = EMBEDDED) -> Tokenizer:
