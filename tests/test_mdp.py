@@ -229,6 +229,15 @@ def test_a_reply_is_appended_and_marked_as_not_chosen() -> None:
     assert batch.action_masks == [[True, False, False, True, True, False]]
 
 
+def test_what_was_replied_in_an_earlier_episode_is_forgotten() -> None:
+    spy = Spy()
+    mdp = make(respond=answer, reward=spy, max_new_tokens=9)
+    play(mdp, [A, B])
+    mdp.begin(np.array([0]), prompt_row=np.array([0]))
+    play(mdp, [C, C, C, C, EOS])
+    assert spy.batches[1].action_masks == [[True] * 5]
+
+
 def test_a_reply_counts_toward_the_budget_and_is_cut_at_it() -> None:
     mdp = make(respond=answer, max_new_tokens=2)
     outcome = mdp.step([A])
