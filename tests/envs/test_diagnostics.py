@@ -104,7 +104,6 @@ def test_random_return_by_simulation(module: Any, vector_env: Any) -> None:
         (chain.ChainEnv(schedule="dense"), lambda ids: CHAIN[len(ids) - 1], "length"),
         (high_low.HighLowEnv(), binary_search, "env"),
     ],
-    ids=str,
 )
 def test_the_optimum_is_reached(env: TextGenEnv, act: Any, reason: str) -> None:
     for row in range(min(7, len(env.task.prompts))):
