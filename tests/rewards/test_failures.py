@@ -256,3 +256,19 @@ def test_a_reward_class_that_changes_its_batch_changes_a_copy():
 
 def test_a_reward_class_without_score_says_so():
     assert "Reward does not implement score" in pay(Reward()).status[0]
+
+
+def test_compositions_inside_compositions_follow_the_same_rules():
+    def sometimes(text):
+        return None if text == "bad" else 1.0
+
+    # None in a part of a named sum does not apply; None in all of it is no value.
+    total = (as_reward(sometimes) + 0.5 * as_reward(lambda text: 1.0)).named("total")
+    assert pay(total).reward.tolist() == [1.5, 0.5, 1.5]
+    assert pay(total, strict=True).status == [None] * 3
+    assert pay((as_reward(sometimes) + as_reward(sometimes)).named("x")).status[1] == "none"
+    # A fault of the text in a factor of a part: the worst of the whole, scored by hand as well.
+    gated = as_reward(lambda text: -0.5, low=-1.0) * as_reward(Flaky(TextFailure("x")).item)
+    scores = (gated - as_reward(lambda text: 1.0)).named("x").evaluate(BATCH)
+    assert scores.values.tolist() == [-1.25, -2, -1.25]
+    assert scores.status == [None, "text: x", None]

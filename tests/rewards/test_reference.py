@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from textgym.rewards import Bleu, ReferenceLogProb, TextBatch, terminal
+from textgym.rewards.reference import HuggingFaceScorer
 
 V = 11
 
@@ -125,6 +126,13 @@ def test_a_model_equals_the_plain_forward_of_each_sequence():
             logprob = torch.log_softmax(model(ids).logits[0].double() / 0.7, -1)
         expected = sum(logprob[t - 1, ids[0, t]].item() for t in range(len(prompt), ids.shape[1]))
         assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_scorer_of_a_model_gives_zero_where_nothing_is_scored():
+    ids = np.array([[1, 2, 3, 0], [4, 5, 6, 7]])
+    logprob = HuggingFaceScorer(tiny_llama(), None, 1.0).logprob(ids, np.array([3, 4]))
+    assert logprob.shape == (2, 4) and logprob.dtype == np.float64
+    assert (logprob == 0).tolist() == [[True, False, False, True], [True, False, False, False]]
 
 
 def test_little_memory_gives_the_same_values(monkeypatch):

@@ -399,11 +399,12 @@ class TestDenseFailures:
 
     def test_an_episode_that_failed_stays_unscored(self, cursor):
         for bad, status in ((OSError("down"), "error: OSError: down"), (None, "none")):
-            reward = Scripted([1.0, bad, bad], cursor=cursor)
+            reward = Scripted([1.0, bad, bad, "never asked again"], cursor=cursor)
             payments = run(dense(reward), ["a", "b", "c"])
             assert rewards(payments) == [1, 0, 0]
             assert [p.status[0] for p in payments] == [None, status, status]
             assert payments[1].traceback is not None
+            assert reward.script == ["never asked again"]
             assert np.isnan(payments[1].components["scripted"][0])
             assert np.isnan(payments[2].components["scripted"][0])
 
@@ -427,6 +428,13 @@ class TestDenseFailures:
         with pytest.raises(RewardError, match="down"):
             run(as_schedule(dense(reward), strict=True), ["a", "b", "c"])
         assert reward.script == [2.0]
+
+    def test_an_outcome_that_no_part_gives_is_unscored(self, cursor):
+        parts = [Scripted([1.0, None], cursor=cursor) for _ in range(2)]
+        payments = run(dense(parts[0]) + dense(parts[1]), ["a", "b"])
+        assert rewards(payments) == [2, 0]
+        assert [p.status[0] for p in payments] == [None, "none"]
+        assert "No part" in payments[-1].traceback
 
     def test_none_in_a_sum_counts_as_no_potential(self, cursor):
         reward = Scripted([None, 1.0, None, 4.0], cursor=cursor)
@@ -460,3 +468,47 @@ def test_other_episodes_go_on_when_one_has_failed():
             payment = schedule.pay(tracks, batch, np.full(3, t == 3), np.full(3, False))
             assert payment.status == [None, "error: OSError: down", None]
             assert payment.reward.tolist() == [1, 0, 1]
+
+
+# --- what density does to learning -------------------------------------------------------------
+
+
+def expected_gradient(schedule, horizon=4, symbols="ab."):
+    """E[Σ_t ∇ log π(a_t | s_t) G_t] of a softmax table over states, by enumeration.
+
+    An episode ends with "." or at the horizon; G_t is the undiscounted return-to-go.
+    """
+    rng = np.random.default_rng(0)
+    logits: dict[str, np.ndarray] = {}
+    gradient: dict[str, np.ndarray] = {}
+
+    def visit(state, path, probability):
+        if state.endswith(".") or len(state) == horizon:
+            texts = [state[: t + 1] for t in range(len(state))]
+            paid = rewards(run(schedule, texts))
+            paid = [0.0] * (len(texts) - len(paid)) + paid  # terminal: one payment, the last
+            for t, (before, action) in enumerate(path):
+                policy = np.exp(logits[before]) / np.exp(logits[before]).sum()
+                score = np.eye(len(symbols))[action] - policy
+                gradient[before] = gradient.get(before, 0.0) + probability * sum(paid[t:]) * score
+            return
+        if state not in logits:
+            logits[state] = rng.normal(size=len(symbols))
+        policy = np.exp(logits[state]) / np.exp(logits[state]).sum()
+        for action, symbol in enumerate(symbols):
+            visit(state + symbol, [*path, (state, action)], probability * policy[action])
+
+    visit("", [], 1.0)
+    return np.array([gradient[state] for state in sorted(gradient)])
+
+
+def test_density_leaves_the_expected_policy_gradient_as_it_is():
+    reward = Plain(lambda text: text.count("ab") - 0.3 * text.count("b") + 0.1, "score")
+    potential = Plain(lambda text: math.sin(3 * len(text)) + text.count("a"), "potential")
+    true = expected_gradient(terminal(reward))
+    assert np.abs(true).max() > 0.01
+    assert expected_gradient(dense(reward)) == pytest.approx(true, abs=1e-12)
+    assert expected_gradient(dense(reward, potential)) == pytest.approx(true, abs=1e-12)
+    # A bonus that does not telescope is another task.
+    other = expected_gradient(terminal(reward + 0.5 * potential))
+    assert np.abs(other - true).max() > 0.01
