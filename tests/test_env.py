@@ -308,9 +308,9 @@ def test_equal_knobs_share_a_task_and_unequal_ones_do_not() -> None:
     assert task(max_new_tokens=5) is not task(max_new_tokens=6)
     rows = [{"prompt": "a"}]  # a list is not hashable, so it is read each time
     assert task(prompts=rows, reward=words) is not task(prompts=rows, reward=words)
+    task(max_new_tokens=1)
     with pytest.raises(ValueError, match="positive integer, got True"):
         task(max_new_tokens=True)  # although True == 1
-    task(max_new_tokens=1)
 
 
 def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
