@@ -17,7 +17,8 @@ OPTIMUM = 1.0
 
 def random_return(guesses: int = 3) -> float:
     """Expected return of a uniform random policy: 1 - (1 - 1/V)^guesses, V = 2^guesses + 2."""
-    return 1.0 - (1.0 - 1.0 / (2**guesses + 2)) ** guesses
+    actions = (1 << guesses) + 2
+    return 1.0 - (1.0 - 1.0 / actions) ** guesses
 
 
 class Oracle:
@@ -29,7 +30,7 @@ class Oracle:
 
     def __init__(self, guesses: int) -> None:
         self.guesses = guesses
-        self.count = 2**guesses - 1
+        self.count = (1 << guesses) - 1
         self.higher, self.lower, self.go = range(self.count, self.count + 3)
 
     def __call__(self, row: Mapping[str, Any], response_ids: Sequence[int]) -> Reply:

@@ -2,105 +2,28 @@
 
     OMP_NUM_THREADS=1 python scripts/pretrain_tiny.py
 
-What the model has left to learn comes from its data, never from stopping early. The data is what
-careless writers make of the tasks: facts are dropped or wrong, sums are wrong, stories end any way
-they like, sentences ramble.
+The text is in `tiny_corpus`, the model's card in `tiny_card`. Training goes on until the held-out
+loss has settled; every example is drawn afresh.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
+from tiny_card import measure, write_card
+from tiny_corpus import corpus
 
-from textgym.envs import arithmetic, continuation, data_to_text
-from textgym.envs.data_to_text import NAMES, VALUES, pick, say
 from textgym.streams import generator
 
-HEARSAY = (
-    "it is said that",
-    "people say that",
-    "as far as we know,",
-    "everybody here knows that",
-)
-RAMBLING = (
-    "Travellers like the view from the deck.",
-    "Travellers should bring a warm coat and something to read.",
-    "Travellers tell long stories about the captain.",
-    "Travellers can see the hills on a clear day.",
-    "Travellers often prefer the train.",
-    "Travellers wait on the bench near the pier.",
-)
-HEARD, RAMBLED, MORE = 0.6, 0.6, 0.25  # the usual writer hedges and rambles, so the mode does too
-DROPPED, WRONG, SHUFFLED, MISCOUNTED = 0.08, 0.06, 0.4, 0.25
 SPECIALS = ("<pad>", "<bos>", "<eos>")
-WEIGHTS: Mapping[str, float] = {"facts": 0.7, "sums": 0.15, "stories": 0.15}
-
-
-def careless_facts(rng: np.random.Generator, split: str) -> tuple[str, str]:
-    """Prompt and response of data to text, by a writer who errs and rambles."""
-    row = data_to_text.ferry_row(rng, split=split, references=1)
-    facts: dict[str, str] = row["facts"]
-    slots = [slot for slot in facts if slot != "name"]
-    kept = [slot for slot in slots if rng.random() >= DROPPED] or [pick(rng, slots)]
-    if rng.random() < SHUFFLED:
-        kept = [kept[i] for i in rng.permutation(len(kept))]
-    told = {"name": pick(rng, NAMES) if rng.random() < WRONG / 3 else facts["name"]}
-    for slot in kept:
-        told[slot] = pick(rng, VALUES[slot]) if rng.random() < WRONG else facts[slot]
-    text = say(rng, told)
-    if rng.random() < HEARD:
-        hedge = pick(rng, HEARSAY, skew=3.0)
-        text = f"{hedge.capitalize()} {text[0].lower()}{text[1:]}"
-    chance = RAMBLED
-    while rng.random() < chance:
-        text = f"{text} {pick(rng, RAMBLING, skew=1.5)}"
-        chance = MORE
-    return row["prompt"], text
-
-
-def careless_sum(rng: np.random.Generator, split: str) -> tuple[str, str]:
-    """Prompt and response of arithmetic, by a writer who miscounts."""
-    row = arithmetic.arithmetic_row(rng, split=split, terms=pick(rng, (2, 3)))
-    answer = row["answer"]
-    if rng.random() < MISCOUNTED:
-        answer += pick(rng, (1, -1, 2, -2))
-    return row["prompt"], str(answer)
-
-
-def any_story(rng: np.random.Generator, split: str) -> tuple[str, str]:
-    """Opening and continuation of a story, happy, sad or neither."""
-    row = continuation.opening_row(rng, split=split)
-    tones = (continuation.PLAIN, continuation.HAPPY, continuation.SAD)
-    story = {"person": row["person"], "thing": row["thing"]}
-    count = 1 + int(rng.random() * 3)
-    text = " ".join(continuation.sentence(rng, pick(rng, tones), story) for _ in range(count))
-    return row["prompt"], " " + text
-
-
-WRITERS: Mapping[str, Callable[[np.random.Generator, str], tuple[str, str]]] = {
-    "facts": careless_facts,
-    "sums": careless_sum,
-    "stories": any_story,
-}
-
-
-def corpus(seed: int, size: int, split: str = "train") -> Iterator[tuple[str, str]]:
-    """Examples `(prompt, response)` of one split; example `i` depends on `(seed, i)` alone."""
-    kinds, shares = list(WEIGHTS), np.cumsum(list(WEIGHTS.values()))
-    for i in range(size):
-        rng = generator(seed, i)
-        kind = kinds[min(int(np.searchsorted(shares, rng.random())), len(kinds) - 1)]
-        yield WRITERS[kind](rng, split)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
@@ -149,14 +72,12 @@ class Config:
     """Its attention heads."""
     max_positions: int = 512
     """Its context in tokens."""
-    steps: int = 2000
+    steps: int = 2400
     """Updates."""
     batch_size: int = 64
-    """Examples of an update; no example is seen twice."""
+    """Examples of an update, each drawn afresh."""
     learning_rate: float = 4e-3
     """Peak of a cosine that rises over the first 3 % of the updates and ends at 0."""
-    muon: bool = True
-    """Muon."""
     tokenizer_only: bool = False
     """Train and save the tokenizer, then stop."""
     tokenizer_examples: int = 20_000
@@ -172,7 +93,7 @@ def save_tokenizer(backend: Any, config: Config) -> Any:
     """Write the tokenizer as plain transformers reads it."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token="<pad>",
         bos_token="<bos>",
@@ -245,18 +166,11 @@ def build_optimizers(model: Any, config: Config) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the model, AdamW for the embedding and the norms."""
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     outer = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    if not config.muon:
-        inner, outer = [], inner + outer
-    made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(outer, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    rate = config.learning_rate
+    return [
+        torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=0.05),
+        torch.optim.Muon(inner, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
     ]
-    if inner:
-        made.append(
-            torch.optim.Muon(
-                inner, lr=config.learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
-            )
-        )
-    return made
 
 
 def batched(backend: Any, config: Config, pool: int = 16) -> Iterator[list[Example]]:
@@ -283,7 +197,7 @@ def train(model: Any, backend: Any, config: Config) -> list[tuple[int, float]]:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = config.learning_rate * rate
         loss, tokens = batch_loss(model, next(batches))
-        (loss / tokens).backward()
+        (loss / tokens).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -300,6 +214,7 @@ def train(model: Any, backend: Any, config: Config) -> list[tuple[int, float]]:
 
 def main(config: Config) -> None:
     """Train tokenizer and model, measure, and write both with a card."""
+    torch.set_num_threads(1)
     texts = (text for example in corpus(config.seed, config.tokenizer_examples) for text in example)
     backend = train_tokenizer(texts, config.vocab_size)
     config.out.mkdir(parents=True, exist_ok=True)
@@ -307,8 +222,15 @@ def main(config: Config) -> None:
     if config.tokenizer_only:
         return
     model = build_model(config)
+    start = time.process_time()
     losses = train(model, backend, config)
-    model.save_pretrained(config.out)
+    seconds = time.process_time() - start
+    model.eval().save_pretrained(config.out)
+    scores = measure(model, config.out, config.seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    write_card(config.out, asdict(config), losses, scores, seconds, parameters)
+    for name, score in scores.items():
+        print(f"{name}: {score:.3f}")
 
 
 if __name__ == "__main__":
