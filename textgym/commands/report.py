@@ -58,12 +58,13 @@ def print_completions(console: Console, columns: Mapping[str, Measured], count: 
     """Print the first few prompts, and under each what every policy wrote and was paid."""
     first = next(iter(columns.values()))
     for i in range(min(count, len(first.prompts))):
-        console.print(f"\n[bold]prompt[/]  {escape(first.prompts[i])}")
+        console.print(f"\n[bold]prompt[/]  {escape(first.prompts[i])}", soft_wrap=True)
         for name, measured in columns.items():
             if i < len(measured.texts):
                 score = f"{measured.scores[i]:.3f}"
                 text = escape(" ".join(measured.texts[i].split()))
-                console.print(f"[bold]{escape(name)}[/] [dim]{score}[/]  {text}")
+                line = f"[bold]{escape(name)}[/] [dim]{score}[/]  {text}"
+                console.print(line, soft_wrap=True)
 
 
 def as_json(columns: Mapping[str, Summary]) -> dict[str, dict[str, Any]]:
