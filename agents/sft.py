@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -319,12 +319,7 @@ def sequence_batch(examples: Sequence[Example], device: torch.device) -> Sequenc
 def _response(task: Task, text: str) -> list[int]:
     """Ids of a reference, with what ends it."""
     ending = "" if task.stop_ids or not task.stop_strings else task.stop_strings[0]
-    tokenizer: Any = task.tokenizer
-    if tokenizer.hf is not None:
-        ids = [int(i) for i in tokenizer.hf.encode(text + ending, add_special_tokens=False)]
-    else:
-        ids = list(tokenizer.backend.encode(text + ending, add_special_tokens=False).ids)
-    ids += list(task.stop_ids[:1])
+    ids = task.tokenizer.encode_plain(text + ending) + list(task.stop_ids[:1])
     return ids[: task.max_new_tokens]
 
 

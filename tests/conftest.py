@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+# Examples are found, not timed, and are the same in every run.
+settings.register_profile("textgym", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("textgym")
 
 ROOT = Path(__file__).resolve().parents[1]
 

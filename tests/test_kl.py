@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
@@ -21,9 +21,6 @@ from textgym.kl import (
 )
 from textgym.losses import policy_gradient_loss
 from textgym.returns import discounted_returns
-
-settings.register_profile("textgym", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("textgym")
 
 seeds = st.integers(0, 2**32 - 1)
 

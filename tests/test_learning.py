@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from textgym.episodes import Episodes
@@ -94,10 +94,6 @@ def test_too_many_unscored() -> None:
         check_scored(episodes())
     assert "Traceback: boom" in str(error.value)
     check_scored(episodes(), limit=1 / 3)
-
-
-settings.register_profile("textgym", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("textgym")
 
 
 @given(st.sets(st.integers(0, 2), min_size=1), st.one_of(st.none(), st.integers(1, 4)))

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical
@@ -19,9 +19,6 @@ from textgym.losses import (
     token_weights,
     value_loss,
 )
-
-settings.register_profile("textgym", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("textgym")
 
 NORMALISERS: tuple[Normaliser, ...] = ("constant", "token", "sequence")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -17,9 +17,6 @@ from textgym.returns import (
     gae,
     whiten,
 )
-
-settings.register_profile("textgym", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("textgym")
 
 lengths_strategy = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 unit = st.floats(0.0, 1.0)

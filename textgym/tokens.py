@@ -98,6 +98,17 @@ class Tokenizer:
             )
         return [self.bos_id]
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Turn a text that people wrote into ids without special tokens.
+
+        For reference responses and for what a person types in `textgym play`; the text of a policy
+        is never encoded.
+
+        Raises:
+            ValueError: The tokenizer cannot encode it.
+        """
+        return self._encode_text(text, special=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Turn ids into text, special tokens skipped."""
         return self.decode_batch([ids])[0]

@@ -216,3 +216,19 @@ class TestErrors:
             policy.evaluate(replace(batch, action_mask=mask))
         with pytest.raises(ValueError, match=r"expected bool \[11, 61\]"):
             policy.evaluate(replace(batch, action_mask=mask[1:]))
+
+
+def test_a_policy_is_a_reference_that_a_reward_can_ask(make_model: Callable[..., Any]) -> None:
+    from textgym.rewards import ReferenceLogProb, TextBatch
+
+    policy = CausalLMPolicy(make_model("llama", vocab=VOCAB), device="cpu", temperature=0.8)
+    prompts, responses = [[3, 4, 5], [6]], [[7, 8], [9, 10, 11, 12]]
+    batch = TextBatch(["", ""], ["", ""], responses, prompts, [{}, {}], [None, None])
+    wanted = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = torch.tensor([prompt + response])
+        with torch.no_grad():
+            scores = (policy.model(ids).logits[0, :, :VOCAB].double() / 0.8).log_softmax(-1)
+        cols = range(len(prompt), ids.shape[1])
+        wanted.append(sum(float(scores[c - 1, ids[0, c]]) for c in cols))
+    assert ReferenceLogProb(policy).score(batch) == pytest.approx(wanted, abs=1e-4)

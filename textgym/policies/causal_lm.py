@@ -240,6 +240,28 @@ class CausalLMPolicy(Backbone):
             return Evaluation(logprob, self._values(hidden), h)
 
     @torch.no_grad()
+    def logprob(self, ids: ArrayLike, lengths: ArrayLike) -> NDArray[np.float32]:
+        """Log-probability of every token of whole sequences, as `ReferenceLogProb` asks for it.
+
+        Args:
+            ids: int64 [B, T], right-padded.
+            lengths: int64 [B].
+
+        Returns:
+            float32 [B, T], log pi(ids[b, t] | ids[b, :t]) in nats; 0 in column 0 and in padding.
+        """
+        from textgym.episodes import SequenceBatch
+
+        tokens = torch.as_tensor(np.asarray(ids, np.int64))
+        ends = torch.as_tensor(np.asarray(lengths, np.int64))
+        columns = torch.arange(tokens.shape[1])
+        row, col = torch.nonzero((columns >= 1) & (columns < ends[:, None]), as_tuple=True)
+        scored = self.evaluate(SequenceBatch(tokens, ends, row, col), entropy=False)
+        found = np.zeros(tokens.shape, np.float32)
+        found[row.numpy(), col.numpy()] = scored.logprob.float().cpu().numpy()
+        return found
+
+    @torch.no_grad()
     def kl(self, reference: CausalLMPolicy, batch: SequenceBatch) -> Tensor:
         """Exact divergence KL(pi || reference) of each action token's full distribution.
 

@@ -61,6 +61,10 @@ class SlotDecoder:
     def clear(self) -> None:
         """Forget everything (the weights have changed) and free the memory until the next call."""
         self.held[:] = 0
+        # Rows go back to slots of their own: the order of rows in a matrix product decides how it
+        # rounds, and a run that goes on must round as one that was resumed.
+        self.slot = np.arange(len(self.slot))
+        self._last_rows = None
         self.store.drop()
 
     @torch.inference_mode()  # always the same mode: tensors of one may not be written in the other
