@@ -342,8 +342,7 @@ class DataToTextEnv(TextGenEnv):
 
     ## Rewards
     At the end, sentence BLEU (0 to 1) of the response against its references. One reference scored
-    against the others has CEILING on the test split; no text is known to be best, and the best
-    sentence scores higher.
+    against the others has 0.70 on the test split; the optimum is not known, and higher.
 
     ## Episode End
     Terminated by the tokenizer's stop ids or after 40 tokens.
