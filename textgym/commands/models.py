@@ -38,8 +38,13 @@ def find_model(name: str) -> str:
     return str(folder) if folder.is_dir() else name
 
 
+SMALL = 10_000_000
+"""Parameters below which one CPU thread is as fast as several, and much faster on a busy machine:
+threads that wait for each other at every small product spin."""
+
+
 def load_policy(name: str, task: Task, *, seed: int = 0, **settings: Any) -> CausalLMPolicy:
-    """Make a policy for a task.
+    """Make a policy for a task; a `SMALL` one is given a single CPU thread.
 
     Args:
         name: As in `find_model`, or `"random"`.
@@ -52,6 +57,7 @@ def load_policy(name: str, task: Task, *, seed: int = 0, **settings: Any) -> Cau
         ValueError: The model does not fit the task.
         OSError: There is no such model.
     """
+    import torch
     from transformers.utils import logging
 
     from textgym.policies import CausalLMPolicy, random_causal_lm
@@ -59,7 +65,11 @@ def load_policy(name: str, task: Task, *, seed: int = 0, **settings: Any) -> Cau
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if name == RANDOM:
         model = random_causal_lm(task.vocab_size, max_positions=task.max_length, seed=seed)
-        return CausalLMPolicy(model, vocab_size=task.vocab_size, seed=seed, **settings)
-    return CausalLMPolicy.from_pretrained(
-        find_model(name), vocab_size=task.vocab_size, seed=seed, **settings
-    )
+        policy = CausalLMPolicy(model, vocab_size=task.vocab_size, seed=seed, **settings)
+    else:
+        policy = CausalLMPolicy.from_pretrained(
+            find_model(name), vocab_size=task.vocab_size, seed=seed, **settings
+        )
+    if sum(p.numel() for p in policy.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    return policy

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 REPORT = "report.json"
 REPORT_SEED = 0x7E57
 PROBE_UPDATES = 8  # of SFT, to see how many tokens fit into the time that RL took
-TOTAL_TOKENS = 200_000
+TOTAL_TOKENS = 100_000
 
 
 def run(arguments: Sequence[str]) -> int:
