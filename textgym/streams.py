@@ -1,9 +1,9 @@
 """Counter-based randomness: every draw is a stateless hash of what it is for.
 
-A generator that is advanced by use makes a draw depend on everything drawn before it. Here a draw depends only on
-its key (seed, episode, position, ...), so an episode is the same in any row, any batch and any order. The hash is the
-finaliser of SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"), folded over the
-parts of the key.
+A generator that is advanced by use makes a draw depend on everything drawn before it. Here a draw
+depends only on its key (seed, episode, position, ...), so an episode is the same in any row, any
+batch and any order. The hash is the finaliser of SplitMix64 (Steele, Lea & Flood 2014, "Fast
+splittable pseudorandom number generators"), folded over the parts of the key.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def mix64(*parts: Any) -> NDArray[np.uint64]:
     """Hash broadcastable integer arrays into 64 bits, element by element.
 
     Args:
-        *parts: Integers or integer arrays, broadcast against each other. Negative and larger integers count modulo
-            2**64. Their order matters.
+        *parts: Integers or integer arrays, broadcast against each other. Negative and larger
+            integers count modulo 2**64. Their order matters.
 
     Returns:
         `uint64` array of the broadcast shape (a 0-d array for scalars).
