@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -340,9 +341,7 @@ class PPO:
         for epoch in range(cfg.epochs):
             order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)
             for part in np.array_split(order, steps):
-                found = self._gradient(
-                    episodes, batch, part, entropy=cfg.ent_coef != 0 or not epoch
-                )
+                found = self._gradient(episodes, batch, part, first=not epoch)
                 if not taken:
                     metrics["ppo/first_ratio_error"] = found["ratio_error"]
                 if cfg.target_kl is not None and found["approx_kl"] > 1.5 * cfg.target_kl:
@@ -357,22 +356,29 @@ class PPO:
                     ppo__approx_kl=found["approx_kl"],
                     ppo__clip_fraction=found["clip_fraction"],
                     optim__grad_norm=norm,
-                    policy__entropy=found["entropy"],
+                    policy__entropy=nan if epoch else found["entropy"],  # of the sampling policy
                 )
             if stop:
                 break
         return metrics | means.result() | {"ppo/epochs": epoch + 1, "optim/steps": taken}
 
     def _gradient(
-        self, episodes: Episodes, batch: _Batch, minibatch: IntArray, *, entropy: bool
+        self, episodes: Episodes, batch: _Batch, minibatch: IntArray, *, first: bool
     ) -> dict[str, float]:
-        """Accumulate the gradient of one minibatch; returns its losses and what to watch."""
+        """Accumulate the gradient of one minibatch; returns its losses and what to watch.
+
+        The entropy is computed where it is learned from, and in the `first` epoch, to be logged.
+        """
         cfg = self.config
         sums, means = dict.fromkeys(("loss", "policy", "value"), 0.0), Means()
         worst = 0.0
         for part in microbatches(minibatch, episodes, cfg.microbatch):
             tokens = episodes.tokens(part)
-            new = self.policy.evaluate(episodes.batch(part, self.policy.device), entropy=entropy)
+            new = self.policy.evaluate(
+                episodes.batch(part, self.policy.device),
+                entropy=first or cfg.ent_coef != 0,
+                entropy_gradient=cfg.ent_coef != 0,
+            )
             assert new.value is not None
             w, old = batch.weight[tokens], batch.logprob[tokens]
             surrogate = clipped_surrogate_loss(
@@ -402,7 +408,7 @@ class PPO:
             if new.entropy is not None:
                 means.add(len(tokens), entropy=float(new.entropy.detach().mean()))
             worst = max(worst, float((new.logprob.detach() - old).exp().sub(1.0).abs().max()))
-        nothing = dict.fromkeys(("approx_kl", "clip_fraction", "entropy"), float("nan"))
+        nothing = dict.fromkeys(("approx_kl", "clip_fraction", "entropy"), nan)
         return nothing | means.result() | sums | {"ratio_error": worst}
 
     def _fit_scale(self) -> int:

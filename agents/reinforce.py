@@ -321,7 +321,8 @@ class REINFORCE:
             return metrics
         for part in microbatches(usable, episodes, cfg.microbatch):
             tokens = episodes.tokens(part)
-            scored = self.policy.evaluate(episodes.batch(part, device))
+            batch = episodes.batch(part, device)
+            scored = self.policy.evaluate(batch, entropy_gradient=cfg.ent_coef != 0)
             assert scored.entropy is not None
             w, advantage, target = w_all[tokens], a_all[tokens], g_all[tokens]
             policy_loss = policy_gradient_loss(scored.logprob, advantage, w)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym.episodes import SequenceBatch
 from textgym.policies import CausalLMPolicy, Evaluation
@@ -103,6 +104,55 @@ def test_no_more_than_one_chunk_of_logits_is_kept(
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         policy.evaluate(batch)
     assert widths  # the hook does see them where they are
+
+
+def test_an_entropy_that_is_only_logged_costs_no_memory(
+    policy: CausalLMPolicy, batch: SequenceBatch
+) -> None:
+    """Its softmax is not saved for the backward pass, nor computed again in a checkpoint's."""
+    batch = replace(batch, action_mask=random_mask(batch))
+
+    def run(chunk: int, **options: bool) -> tuple[Evaluation, torch.Tensor, int, int]:
+        policy.logit_chunk, saved = chunk, 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal saved
+            saved += (
+                tensor.numel() if tensor.shape == (M, VOCAB) and tensor.is_floating_point() else 0
+            )
+            return tensor
+
+        policy.zero_grad()
+        with Softmaxes() as softmaxes:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                scored = policy.evaluate(batch, **options)
+            scored.logprob.sum().backward()  # type: ignore[no-untyped-call]
+        assert policy.value_head is not None
+        gradient = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+        return scored, torch.cat(gradient), saved, softmaxes.count
+
+    for chunk in (M, 3):
+        without, gradient, least, before = run(chunk, entropy=False)
+        logged, same, saved, computed = run(chunk, entropy_gradient=False)
+        learned, _, most, _ = run(chunk)
+        assert logged.entropy is not None and learned.entropy is not None
+        assert not logged.entropy.requires_grad and learned.entropy.requires_grad
+        assert torch.equal(logged.entropy, learned.entropy)
+        assert torch.equal(logged.logprob, without.logprob)
+        assert torch.equal(same, gradient)
+        assert saved == least
+        assert most > least or chunk < M
+        assert computed - before == -(-M // chunk)
+
+
+class Softmaxes(TorchDispatchMode):
+    """Counts softmaxes over the vocabulary."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._softmax.default and args[0].shape[-1] == VOCAB
+        return func(*args, **(kwargs or {}))
 
 
 def test_padding_changes_neither_loss_nor_gradient(

@@ -212,12 +212,16 @@ class CausalLMPolicy(Backbone):
 
     # ---------------------------------------------------------------- scoring
 
-    def evaluate(self, batch: SequenceBatch, *, entropy: bool = True) -> Evaluation:
+    def evaluate(
+        self, batch: SequenceBatch, *, entropy: bool = True, entropy_gradient: bool = True
+    ) -> Evaluation:
         """Score the action tokens of whole sequences in one forward.
 
         Args:
             batch: Sequences [B, T] with their action tokens (`row` [M], `col` [M]).
             entropy: Whether to compute the entropy.
+            entropy_gradient: Whether the entropy is differentiable; one that is only logged need
+                not be, and costs no memory then.
 
         Returns:
             Log-probability, value and entropy of each action token.
@@ -235,7 +239,13 @@ class CausalLMPolicy(Backbone):
         with self._forward_mode():
             hidden, action, mask = self._decisions(batch)
             logprob, h = score_tokens(
-                hidden, self._logits, action, mask, entropy=entropy, chunk=self.logit_chunk
+                hidden,
+                self._logits,
+                action,
+                mask,
+                entropy=entropy,
+                entropy_gradient=entropy_gradient,
+                chunk=self.logit_chunk,
             )
             return Evaluation(logprob, self._values(hidden), h)
 

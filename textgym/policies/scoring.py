@@ -27,6 +27,7 @@ def score_tokens(
     action_mask: Tensor | None = None,
     *,
     entropy: bool = True,
+    entropy_gradient: bool = True,
     chunk: int = 2048,
 ) -> tuple[Tensor, Tensor | None]:
     """Score tokens under the tempered, masked distribution.
@@ -39,6 +40,8 @@ def score_tokens(
         action: int64 [M].
         action_mask: Bool [M, V] or None.
         entropy: Whether to compute the entropy (exact, over the whole vocabulary).
+        entropy_gradient: Whether it is differentiable; without, it saves nothing for the backward
+            pass, which costs a second [m, V] tensor otherwise.
         chunk: Number of tokens whose logits exist at once.
 
     Returns:
@@ -52,8 +55,11 @@ def score_tokens(
         logprob = z.gather(-1, taken[:, None])[:, 0] - normaliser
         if not entropy:
             return logprob, None
-        finite = z if mask is None else z.masked_fill(~mask, 0.0)  # 0 * -inf would be NaN
-        return logprob, normaliser - (torch.softmax(z, -1) * finite).sum(-1)
+        # Last, so that the second forward of a checkpoint, which ends with the last saved tensor,
+        # leaves an entropy without gradient out.
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            finite = z if mask is None else z.masked_fill(~mask, 0.0)  # 0 * -inf would be NaN
+            return logprob, normaliser - (torch.softmax(z, -1) * finite).sum(-1)
 
     logprobs, entropies = [], []
     for rows in _chunks(len(action), chunk):
