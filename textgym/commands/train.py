@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,13 +101,13 @@ class Training:
             raise UsageError(
                 f"{self.folder} already holds a run: go on with --resume, or choose another folder"
             )
-        prepare_folder(self.folder)
         self.envs = self.maker.vector("train", args.num_envs)
         self.validation = self.maker.vector("validation", args.num_envs)
         self.test = self.maker.vector("test", args.num_envs)
         self.policy = self.start()
         self.reference = self.policy.frozen_copy()
         self.learner = self.make(agent, self.policy, config, self.folder)
+        prepare_folder(self.folder)
 
     def start(self) -> CausalLMPolicy:
         """The policy before training."""
@@ -138,24 +139,26 @@ class Training:
         command = "sft" if self.agent == "sft" else "train"
         again = f"textgym {command} --resume --folder {self.folder}"
         try:
-            result = self.learner.learn(self.total_tokens, resume=args.resume, quiet=args.quiet)
-        except (CheckpointError, NonFiniteError, UnscoredError) as error:
+            result, seconds = self.timed(
+                self.learner, self.total_tokens, resume=args.resume, quiet=args.quiet
+            )
+        except (CheckpointError, NonFiniteError, UnscoredError, OSError) as error:
             console.print(f"[red]{escape(str(error))}[/]\nwhen that is mended: {escape(again)}")
             return 1
         if result.interrupted:
             console.print(f"go on with: {escape(again)}", soft_wrap=True)
             return 130
-        seconds = trained_seconds(self.folder)
         best = result.best_checkpoint
         if best is not None:
             read_policy(self.policy, best)
         columns = {"before": before, self.agent: self.measure(self.policy)}
+        took = {self.agent: seconds}
         top = ceiling(self.test.task, count=args.report_prompts)
         if self.wants_baseline:
             shown = {name: summary(measured) for name, measured in columns.items()}
             console.print(metrics_table("so far", shown))
-            columns["sft"] = self.baseline(seconds)
-        self.report(columns, top, result, seconds)
+            columns["sft"], took["sft"] = self.baseline(seconds)
+        self.report(columns, top, result, took)
         return 0
 
     def introduce(self) -> None:
@@ -196,22 +199,38 @@ class Training:
             policy, self.reference, self.test, count=count, samples=samples, seed=REPORT_SEED
         )
 
-    def baseline(self, seconds: float) -> Measured:
+    def timed(self, learner: Any, tokens: int | None, **options: Any) -> tuple[Result, float]:
+        """Let an agent learn; gives also the seconds that it sampled and trained.
+
+        On the CPU they are CPU seconds, so that a busy machine cheats nobody. Evaluations and
+        checkpoints do not count, and what was done before a resume does.
+        """
+        clock = time.process_time if self.policy.device.type == "cpu" else time.perf_counter
+        start, wall = clock(), time.perf_counter()
+        result: Result = learner.learn(tokens, **options)
+        speed = (clock() - start) / (time.perf_counter() - wall)
+        return result, speed * _logged_seconds(learner.folder)
+
+    def baseline(self, seconds: float) -> tuple[Measured, float]:
         """Train SFT from the same start for as long, its weights chosen on validation."""
         config = dataclasses.replace(config_for("sft", self.maker.model), seed=self.config.seed)
         folder = self.folder / "sft"
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory() as scratch:  # how fast it is, on weights thrown away
             probe = self.make("sft", self.start(), config, Path(scratch))
-            done = probe.learn(1 << 40, quiet=True, max_updates=PROBE_UPDATES).history
-        speed = done[-1]["time/tokens_per_s"]
+            done, spent = self.timed(probe, 1 << 40, quiet=True, max_updates=PROBE_UPDATES)
         policy = self.start()
         learner = self.make("sft", policy, config, folder)
-        learner.learn(max(1, round(speed * seconds)), quiet=self.args.quiet)
-        return self.measure(policy)
+        tokens = max(1, round(done.total_tokens / spent * seconds))
+        _, took = self.timed(learner, tokens, quiet=self.args.quiet)
+        return self.measure(policy), took
 
     def report(
-        self, columns: dict[str, Measured], top: Measured | None, result: Result, seconds: float
+        self,
+        columns: dict[str, Measured],
+        top: Measured | None,
+        result: Result,
+        took: dict[str, float],
     ) -> None:
         """Print table and completions; write them and the learning curve."""
         console, folder = self.console, self.folder
@@ -224,12 +243,9 @@ class Training:
         console.print(metrics_table(f"{number} test prompts, sampled", shown))
         if top is not None:
             console.print("[dim]ceiling: one reference scored against the others[/]")
-        took = {self.agent: seconds}
-        if "sft" in columns and self.agent != "sft":
-            took["sft"] = trained_seconds(folder / "sft")
-        console.print(
-            "[dim]trained: " + ", ".join(f"{n} {s:.0f} s" for n, s in took.items()) + "[/]"
-        )
+        kind = "CPU seconds" if self.policy.device.type == "cpu" else "seconds"
+        times = ", ".join(f"{name} {seconds:.0f}" for name, seconds in took.items())
+        console.print(f"[dim]{kind} of sampling and training: {times}[/]")
         written = {
             "env": self.maker.id,
             "agent": self.agent,
@@ -250,8 +266,7 @@ class Training:
         console.print(f"score it with: textgym eval --model {escape(str(folder))}")
 
 
-def trained_seconds(folder: Path) -> float:
-    """Seconds that a run sampled and trained, without evaluations and checkpoints."""
+def _logged_seconds(folder: Path) -> float:
     lines = read_metrics(folder)
     return sum((m.get("time/rollout_s") or 0.0) + (m.get("time/train_s") or 0.0) for m in lines)
 
