@@ -2,12 +2,15 @@
 
 `python scripts/bench_rollout.py` lets one model of random weights write the same number of tokens
 after the same prompts: by `model.generate`, by `collect` on its step path and on its sequence path,
-in turns. It also steps the environment alone. The clock is CPU time of one thread; on an
-accelerator it is wall time. The last line is JSON.
+in turns. `generate` is that of the model as transformers makes it; `same layers` is that of the
+policy's own model, whose linear layers a CPU multiplies by oneDNN. It also steps the environment
+alone. The clock is CPU time of one thread; on an accelerator it is wall time. The last line is
+JSON.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 
@@ -29,7 +32,7 @@ from textgym.rollout import collect
 from textgym.tokens import symbol_tokenizer
 from textgym.vector import TextGenVectorEnv
 
-KINDS = ("generate", "step", "sequence", "environment")
+KINDS = ("generate", "same_layers", "step", "sequence", "environment")
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Args:
     """Where the model runs."""
 
 
-def make_policy(vocab_size: int, args: Args) -> CausalLMPolicy:
-    """A Llama with grouped-query attention and tied embeddings, float32."""
+def make_policy(vocab_size: int, args: Args) -> tuple[CausalLMPolicy, Any]:
+    """A Llama with grouped-query attention and tied embeddings, float32; and its plain twin."""
     model = random_causal_lm(
         vocab_size,
         hidden_size=256,
@@ -61,7 +64,9 @@ def make_policy(vocab_size: int, args: Args) -> CausalLMPolicy:
         intermediate_size=688,
         max_positions=args.prompt_tokens + args.new_tokens,
     )
-    return CausalLMPolicy(model, device=args.device)
+    plain = copy.deepcopy(model)
+    policy = CausalLMPolicy(model, device=args.device)
+    return policy, plain.to(policy.device)
 
 
 def make_envs(vocab_size: int, num_envs: int, args: Args) -> TextGenVectorEnv:
@@ -81,7 +86,7 @@ def make_envs(vocab_size: int, num_envs: int, args: Args) -> TextGenVectorEnv:
 
 
 def runners(
-    policy: CausalLMPolicy, envs: TextGenVectorEnv, args: Args
+    policy: CausalLMPolicy, plain: Any, envs: TextGenVectorEnv, args: Args
 ) -> dict[str, Callable[[], None]]:
     """One function a kind, each of which writes N x `new_tokens` tokens."""
     number = envs.num_envs
@@ -91,8 +96,8 @@ def runners(
     actions = np.random.default_rng(0).integers(policy.vocab_size, size=(args.new_tokens, number))
     sampled: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
 
-    def generate() -> None:
-        written = policy.model.generate(
+    def generate(model: Any) -> None:
+        written = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=args.new_tokens,
@@ -112,7 +117,8 @@ def runners(
             envs.step(action)
 
     return {
-        "generate": generate,
+        "generate": lambda: generate(plain),
+        "same_layers": lambda: generate(policy.model),
         "step": lambda: collected("step"),
         "sequence": lambda: collected("sequence"),
         "environment": environment,
@@ -134,8 +140,8 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 def measure(vocab_size: int, num_envs: int, args: Args) -> dict[str, Any]:
     """Tokens per second of every kind, and what collect wins over generate."""
-    policy = make_policy(vocab_size, args)
-    kinds = runners(policy, make_envs(vocab_size, num_envs, args), args)
+    policy, plain = make_policy(vocab_size, args)
+    kinds = runners(policy, plain, make_envs(vocab_size, num_envs, args), args)
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(args.rounds + 1):
         for kind in KINDS:
@@ -148,6 +154,7 @@ def measure(vocab_size: int, num_envs: int, args: Args) -> dict[str, Any]:
     row |= {kind: round(tokens / middle[kind]) for kind in KINDS}
     row["step_over_generate"] = round(middle["generate"] / middle["step"], 2)
     row["sequence_over_generate"] = round(middle["generate"] / middle["sequence"], 2)
+    row["step_over_same_layers"] = round(middle["same_layers"] / middle["step"], 2)
     row["environment_share"] = round(middle["environment"] / middle["step"], 3)
     row["spread"] = {k: [round(tokens / max(t)), round(tokens / min(t))] for k, t in times.items()}
     return row
@@ -160,7 +167,7 @@ def main(args: Args) -> None:
     result |= described(("torch", "transformers", "gymnasium", "numpy"))
     for key in ("processor", "cores", "system", "python", "versions", "command", "commit"):
         print(f"{key:<10} {result[key]}")
-    device = make_policy(8, args).device
+    device = make_policy(8, args)[0].device
     result |= {
         "device": str(device),
         "clock": "cpu" if device.type == "cpu" else "wall",
@@ -169,16 +176,17 @@ def main(args: Args) -> None:
         "rows": [],
     }
     print(f"\ntokens per second ({result['clock']} time), median of {args.rounds}")
-    heads = ("V", "N", "generate", "step path", "sequence", "step/gen", "seq/gen", "env share")
-    print(" ".join(f"{head:>9}" for head in heads))
+    heads = ("V", "N", "generate", "same layers", "step path", "sequence")
+    heads += ("step/gen", "step/same", "seq/gen", "env share")
+    print(" ".join(f"{head:>11}" for head in heads))
     for vocab_size in args.vocab_sizes:
         for num_envs in args.num_envs:
             row = measure(vocab_size, num_envs, args)
             result["rows"].append(row)
             print(
-                f"{vocab_size:>9} {num_envs:>9} {row['generate']:>9,} {row['step']:>9,}"
-                f" {row['sequence']:>9,} {row['step_over_generate']:>8}x"
-                f" {row['sequence_over_generate']:>8}x {row['environment_share']:>9.1%}",
+                " ".join(f"{n:>11,}" for n in (vocab_size, num_envs, *(row[k] for k in KINDS[:4]))),
+                f"{row['step_over_generate']:>10}x {row['step_over_same_layers']:>10}x"
+                f" {row['sequence_over_generate']:>10}x {row['environment_share']:>11.1%}",
                 flush=True,
             )
     print(json.dumps(result))

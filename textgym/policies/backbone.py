@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from textgym.policies.cache_support import make_slot_decoder
+from textgym.policies.cpu_linear import use_onednn
 from textgym.policies.loading import (
     add_lora,
     context_length,
@@ -62,6 +63,7 @@ class Backbone(nn.Module):
         super().__init__()
         loaded = load_model(model, resolve_device(device), resolve_dtype(dtype))
         self.model: Any = loaded if lora is None else add_lora(loaded, lora, seed)
+        use_onednn(self.model)
         self._adapters_off = False
         self._head = LogitHead(self._core)
         self.vocab_size = self._head.size if vocab_size is None else vocab_size

@@ -46,7 +46,7 @@ class CausalLMPolicy(Backbone):
 
     Args:
         model: A Hugging Face causal LM, or the folder or hub name of one. An object is moved and
-            used in place.
+            used in place, and on a CPU its linear layers multiply by oneDNN from then on.
         vocab_size: V, the number of actions; default all logits. Surplus logits of the model are
             dropped everywhere.
         device: `"auto"` (CUDA if there is any, else CPU) or a torch device.

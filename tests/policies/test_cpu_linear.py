@@ -1,0 +1,82 @@
+"""oneDNN's products equal those of PyTorch, forward and backward, and change nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from textgym.policies.cpu_linear import OneDNNLinear, use_onednn
+
+
+def pair(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = nn.Linear(24, 40, bias=bias, dtype=dtype)
+    fast = nn.Sequential(copy.deepcopy(plain))
+    use_onednn(fast)
+    assert type(fast[0]) is OneDNNLinear
+    return plain, fast[0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 5, 24), (0, 24)])
+def test_equals_the_plain_layer_with_its_gradient(bias: bool, shape: tuple[int, ...]) -> None:
+    plain, fast = pair(bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    for layer, given in zip((plain, fast), inputs, strict=True):
+        out = layer(given)
+        assert out.shape == (*shape[:-1], 40)
+        (out * torch.linspace(-1, 1, 40)).sum().backward()
+    torch.testing.assert_close(fast(x), plain(x))
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    for ours, theirs in zip(fast.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_frozen_weights_get_no_gradient_and_strided_inputs_are_read_right() -> None:
+    plain, fast = pair(bias=True)
+    fast.requires_grad_(False)
+    x = torch.randn(24, 7, generator=torch.Generator().manual_seed(2)).t().requires_grad_()
+    fast(x).sum().backward()
+    torch.testing.assert_close(x.grad, plain.weight.sum(0).detach().expand(7, 24))
+    assert fast.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_left_to_the_plain_layer(dtype: torch.dtype) -> None:
+    plain, fast = pair(bias=True, dtype=dtype)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(3)).to(dtype)
+    assert torch.equal(fast(x), plain(x))
+
+
+def test_a_model_keeps_its_parameters_its_state_and_its_loss(
+    make_model: Callable[..., Any],
+) -> None:
+    model = make_model("llama", vocab=61)
+    before = copy.deepcopy(model)
+    use_onednn(model)
+    assert list(model.state_dict()) == list(before.state_dict())
+    ids = torch.arange(24).reshape(2, 12)
+    losses = [m(ids, labels=ids).loss for m in (before, model)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    for (name, ours), theirs in zip(model.named_parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, before(ids).logits)
+
+
+def test_subclasses_are_left_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(Own(2, 2), nn.Linear(2, 2))
+    use_onednn(model)
+    assert [type(layer) for layer in model] == [Own, OneDNNLinear]

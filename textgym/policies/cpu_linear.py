@@ -1,0 +1,79 @@
+"""Linear layers on a CPU by oneDNN, which PyTorch has and does not use for float32 on x86.
+
+PyTorch multiplies float32 matrices with MKL, which has its fast kernels for some makers' processors
+only; oneDNN asks the processor what it can do. `scripts/bench_linear.py` measures both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class OneDNNLinear(nn.Linear):
+    """`nn.Linear` whose float32 products on a CPU are oneDNN's; in all else it is `nn.Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        if not _applies(input, self.weight) or input.numel() == 0:
+            return super().forward(input)
+        rows = input.reshape(-1, input.shape[-1])
+        if torch.is_grad_enabled() and (rows.requires_grad or self.weight.requires_grad):
+            product: Tensor = _Product.apply(rows, self.weight)  # type: ignore[no-untyped-call]
+        else:
+            product = _times_transposed(rows, self.weight)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*input.shape[:-1], self.out_features)
+
+
+class _Product(torch.autograd.Function):
+    """X W^T, with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _times_transposed(rows, weight)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        of_rows = _times_transposed(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:  # in this order it takes two thirds of the other's time
+            of_weight = _times_transposed(rows.t(), gradient.t()).t()
+        return of_rows, of_weight
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Let every plain linear layer of a model multiply by oneDNN on a CPU.
+
+    The layers stay what they are: same parameters, same state dict, still `nn.Linear`. Subclasses
+    (quantised layers, say) are left alone.
+    """
+    if not _available():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDNNLinear
+
+
+def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
+    """A B^T of float32 matrices [n, k] and [m, k]."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return product
+
+
+def _applies(*tensors: Tensor) -> bool:
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and not (
+        torch.is_autocast_enabled("cpu")
+    )
+
+
+def _available() -> bool:
+    """Whether this build of PyTorch has the operator that its compiler uses for linear layers."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
