@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +52,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.json"
 REPORT_SEED = 0x7E57
-PROBE_UPDATES = 8  # of SFT, to see how many tokens fit into the time that RL took
+PROBE_UPDATES = 16  # of SFT, to see how many tokens fit into the time that RL took
 TOTAL_TOKENS = 100_000
 
 
@@ -200,25 +199,26 @@ class Training:
         )
 
     def timed(self, learner: Any, tokens: int | None, **options: Any) -> tuple[Result, float]:
-        """Let an agent learn; gives also the seconds that it sampled and trained.
+        """Let an agent learn; gives also how many seconds it took, those before a resume included.
 
-        On the CPU they are CPU seconds, so that a busy machine cheats nobody. Evaluations and
-        checkpoints do not count, and what was done before a resume does.
+        On the CPU they are CPU seconds, so that a busy machine cheats nobody.
         """
         clock = time.process_time if self.policy.device.type == "cpu" else time.perf_counter
-        start, wall = clock(), time.perf_counter()
+        start = clock()
         result: Result = learner.learn(tokens, **options)
-        speed = (clock() - start) / (time.perf_counter() - wall)
-        return result, speed * _logged_seconds(learner.folder)
+        seconds = clock() - start
+        if options.get("resume") and (here := _update_seconds(result.history)):
+            seconds *= _update_seconds(read_metrics(learner.folder)) / here
+        return result, seconds
 
     def baseline(self, seconds: float) -> tuple[Measured, float]:
         """Train SFT from the same start for as long, its weights chosen on validation."""
         config = dataclasses.replace(config_for("sft", self.maker.model), seed=self.config.seed)
         folder = self.folder / "sft"
         shutil.rmtree(folder, ignore_errors=True)
-        with tempfile.TemporaryDirectory() as scratch:  # how fast it is, on weights thrown away
-            probe = self.make("sft", self.start(), config, Path(scratch))
-            done, spent = self.timed(probe, 1 << 40, quiet=True, max_updates=PROBE_UPDATES)
+        # How fast it is, on weights that are thrown away.
+        probe = agent_class("sft")(self.start(), self.envs, config)
+        done, spent = self.timed(probe, 1 << 40, quiet=True, max_updates=PROBE_UPDATES)
         policy = self.start()
         learner = self.make("sft", policy, config, folder)
         tokens = max(1, round(done.total_tokens / spent * seconds))
@@ -245,7 +245,7 @@ class Training:
             console.print("[dim]ceiling: one reference scored against the others[/]")
         kind = "CPU seconds" if self.policy.device.type == "cpu" else "seconds"
         times = ", ".join(f"{name} {seconds:.0f}" for name, seconds in took.items())
-        console.print(f"[dim]{kind} of sampling and training: {times}[/]")
+        console.print(f"[dim]{kind} of training, evaluations included: {times}[/]")
         written = {
             "env": self.maker.id,
             "agent": self.agent,
@@ -266,9 +266,9 @@ class Training:
         console.print(f"score it with: textgym eval --model {escape(str(folder))}")
 
 
-def _logged_seconds(folder: Path) -> float:
-    lines = read_metrics(folder)
-    return sum((m.get("time/rollout_s") or 0.0) + (m.get("time/train_s") or 0.0) for m in lines)
+def _update_seconds(history: list[dict[str, Any]]) -> float:
+    """Seconds that updates took, as they were logged."""
+    return sum((m.get("time/rollout_s") or 0.0) + (m.get("time/train_s") or 0.0) for m in history)
 
 
 def _folder(agent: str, args: TrainArgs, env_id: str) -> Path:
