@@ -73,6 +73,17 @@ def test_a_model_keeps_its_parameters_its_state_and_its_loss(
         torch.testing.assert_close(model(ids).logits, before(ids).logits)
 
 
+def test_what_is_expanded_is_written_out_first() -> None:
+    layer = nn.Sequential(nn.Linear(64, 2048, bias=False))
+    use_onednn(layer)
+    x = torch.ones(1).expand(128, 64).detach().requires_grad_()
+    with torch.profiler.profile() as profile:
+        layer(x).sum().backward()  # its gradient has strides 0
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::clone") >= 2
+    torch.testing.assert_close(x.grad, layer[0].weight.sum(0).detach().expand(128, 64))
+
+
 def test_subclasses_are_left_alone() -> None:
     class Own(nn.Linear):
         pass

@@ -20,7 +20,7 @@ class OneDNNLinear(nn.Linear):
         """Map [..., in] to [..., out]."""
         if not _applies(input, self.weight) or input.numel() == 0:
             return super().forward(input)
-        rows = input.reshape(-1, input.shape[-1])
+        rows = input.reshape(-1, input.shape[-1]).contiguous()
         if torch.is_grad_enabled() and (rows.requires_grad or self.weight.requires_grad):
             product: Tensor = _Product.apply(rows, self.weight)  # type: ignore[no-untyped-call]
         else:
@@ -42,6 +42,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()  # that of a sum has strides 0, which takes oneDNN minutes
         of_rows = _times_transposed(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:  # in this order it takes two thirds of the other's time
