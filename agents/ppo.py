@@ -32,26 +32,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from textgym.kl import kl_per_response
 from textgym.learning import (
-    Cut,
     GuardedOptimizer,
-    Means,
-    RewardScale,
-    adapt,
+    check_above_0,
     check_positive,
+    check_rl_config,
     check_scored,
     check_setup,
-    exact_kl,
-    kl_controller,
-    learned_weights,
     learning_rate,
     microbatches,
-    reference_k1,
-    rollout_metrics,
-    sample_records,
-    shape_rewards,
-    spread,
     to_device,
 )
 from textgym.losses import (
@@ -62,9 +51,18 @@ from textgym.losses import (
     token_weights,
     value_loss,
 )
-from textgym.returns import FloatArray, IntArray, explained_variance, gae, whiten
+from textgym.metrics import Means, rollout_metrics, sample_records, spread
+from textgym.returns import FloatArray, IntArray, check_unit, explained_variance, gae, whiten
 from textgym.rollout import PromptQueue, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
+from textgym.shaping import (
+    Cut,
+    RewardScale,
+    fit_scale,
+    kl_controller,
+    learned_weights,
+    priced_rewards,
+)
 from textgym.streams import generator, mix64
 
 if TYPE_CHECKING:
@@ -149,9 +147,11 @@ class PPOConfig:
     """Responses written to samples.jsonl at every evaluation."""
 
     def __post_init__(self) -> None:
-        """Refuse counts below 1."""
-        check_positive(self, "episodes", "group_size", "epochs", "minibatches")
-        check_positive(self, "checkpoint_every", "keep", "eval_episodes")
+        """Refuse numbers that could not be trained with."""
+        check_rl_config(self)
+        check_positive(self, "epochs", "minibatches")
+        check_unit("gae_lambda", self.gae_lambda)
+        check_above_0(self, "clip_coef", "vf_clip_coef", "target_kl")
 
 
 Advantage = Callable[["Episodes", FloatArray, PPOConfig], tuple[FloatArray, FloatArray]]
@@ -216,7 +216,7 @@ class PPO:
             policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay
         )
         self.queue = PromptQueue(len(self.task.prompts), int(mix64(cfg.seed, _QUEUE)))
-        self.kl = kl_controller(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+        self.kl = kl_controller(cfg)
         self.scale = RewardScale()
 
     def learn(
@@ -261,7 +261,10 @@ class PPO:
             tokenizer=self.task.tokenizer,
         ) as run:
             if cfg.scale_episodes and not run.resumed:
-                run.counters.tokens += self._fit_scale()
+                start, seed = self.reference or self.policy, int(mix64(cfg.seed, _SCALE))
+                run.counters.tokens += fit_scale(
+                    self.scale, start, self.envs, cfg.scale_episodes, seed
+                )
             run.begin()
             while run.wants_more:
                 groups = cfg.episodes // cfg.group_size
@@ -295,21 +298,15 @@ class PPO:
 
     def _shape(self, episodes: Episodes) -> tuple[FloatArray, dict[str, float]]:
         """Rewards with the price of KL, and what to log of it."""
-        cfg, metrics = self.config, rollout_metrics(episodes)
-        beta, kl = self.kl.beta, None
-        if self.reference is not None:
-            kl = reference_k1(self.reference, episodes, cfg.microbatch)
-            metrics["kl/beta"] = beta
-            metrics["kl/ref"] = kl_per_response(kl, episodes.offsets, episodes.weight)
-            if cfg.exact_kl_episodes:
-                metrics["kl/ref_exact"] = exact_kl(
-                    self.policy, self.reference, episodes, cfg.exact_kl_episodes, cfg.microbatch
-                )
-            adapt(self.kl, metrics["kl/ref"], episodes)
-        shaped = shape_rewards(
-            episodes, kl, beta=beta, scale=self.scale, cut_penalty=cfg.cut_penalty
+        shaped, metrics = priced_rewards(
+            self.policy,
+            self.reference,
+            episodes,
+            controller=self.kl,
+            scale=self.scale,
+            config=self.config,
         )
-        return shaped, metrics
+        return shaped, rollout_metrics(episodes) | metrics
 
     def _update(self, episodes: Episodes, shaped: FloatArray, update: int) -> dict[str, float]:
         """Epochs of minibatch steps on one batch."""
@@ -410,19 +407,6 @@ class PPO:
             worst = max(worst, float((new.logprob.detach() - old).exp().sub(1.0).abs().max()))
         nothing = dict.fromkeys(("approx_kl", "clip_fraction", "entropy"), nan)
         return nothing | means.result() | sums | {"ratio_error": worst}
-
-    def _fit_scale(self) -> int:
-        """Fit the reward's scale on samples of the reference; returns their tokens."""
-        cfg = self.config
-        found = collect(
-            self.reference or self.policy,
-            self.envs,
-            cfg.scale_episodes,
-            seed=int(mix64(cfg.seed, _SCALE)),
-        )
-        check_scored(found)
-        self.scale.fit(found.scores, found.weight)
-        return found.num_tokens
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
         cfg = self.config

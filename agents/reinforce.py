@@ -25,26 +25,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from textgym.kl import kl_per_response
 from textgym.learning import (
-    Cut,
     GuardedOptimizer,
-    Means,
-    RewardScale,
-    adapt,
-    check_positive,
+    check_rl_config,
     check_scored,
     check_setup,
-    exact_kl,
-    kl_controller,
-    learned_weights,
     learning_rate,
     microbatches,
-    reference_k1,
-    rollout_metrics,
-    sample_records,
-    shape_rewards,
-    spread,
     to_device,
 )
 from textgym.losses import (
@@ -54,6 +41,7 @@ from textgym.losses import (
     token_weights,
     value_loss,
 )
+from textgym.metrics import Means, rollout_metrics, sample_records, spread
 from textgym.returns import (
     FloatArray,
     MovingAverageBaseline,
@@ -63,6 +51,14 @@ from textgym.returns import (
 )
 from textgym.rollout import PromptQueue, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
+from textgym.shaping import (
+    Cut,
+    RewardScale,
+    fit_scale,
+    kl_controller,
+    learned_weights,
+    priced_rewards,
+)
 from textgym.streams import mix64
 
 if TYPE_CHECKING:
@@ -137,8 +133,8 @@ class REINFORCEConfig:
     """Responses written to samples.jsonl at every evaluation."""
 
     def __post_init__(self) -> None:
-        """Refuse counts below 1."""
-        check_positive(self, "episodes", "group_size", "checkpoint_every", "keep", "eval_episodes")
+        """Refuse numbers that could not be trained with."""
+        check_rl_config(self)
 
 
 class REINFORCE:
@@ -190,7 +186,7 @@ class REINFORCE:
             policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay
         )
         self.queue = PromptQueue(len(self.task.prompts), int(mix64(cfg.seed, _QUEUE)))
-        self.kl = kl_controller(cfg.kl_coef, cfg.kl_target, cfg.kl_horizon)
+        self.kl = kl_controller(cfg)
         self.baseline = MovingAverageBaseline(cfg.baseline_decay)
         self.scale = RewardScale()
 
@@ -237,7 +233,10 @@ class REINFORCE:
             tokenizer=self.task.tokenizer,
         ) as run:
             if cfg.scale_episodes and not run.resumed:
-                run.counters.tokens += self._fit_scale()
+                start, seed = self.reference or self.policy, int(mix64(cfg.seed, _SCALE))
+                run.counters.tokens += fit_scale(
+                    self.scale, start, self.envs, cfg.scale_episodes, seed
+                )
             run.begin()
             while run.wants_more:
                 groups = cfg.episodes // cfg.group_size
@@ -271,21 +270,15 @@ class REINFORCE:
 
     def _shape(self, episodes: Episodes) -> tuple[FloatArray, dict[str, float]]:
         """Rewards with the price of KL, and what to log of it."""
-        cfg, metrics = self.config, rollout_metrics(episodes)
-        beta, kl = self.kl.beta, None
-        if self.reference is not None:
-            kl = reference_k1(self.reference, episodes, cfg.microbatch)
-            metrics["kl/beta"] = beta
-            metrics["kl/ref"] = kl_per_response(kl, episodes.offsets, episodes.weight)
-            if cfg.exact_kl_episodes:
-                metrics["kl/ref_exact"] = exact_kl(
-                    self.policy, self.reference, episodes, cfg.exact_kl_episodes, cfg.microbatch
-                )
-            adapt(self.kl, metrics["kl/ref"], episodes)
-        shaped = shape_rewards(
-            episodes, kl, beta=beta, scale=self.scale, cut_penalty=cfg.cut_penalty
+        shaped, metrics = priced_rewards(
+            self.policy,
+            self.reference,
+            episodes,
+            controller=self.kl,
+            scale=self.scale,
+            config=self.config,
         )
-        return shaped, metrics
+        return shaped, rollout_metrics(episodes) | metrics
 
     def _update(self, episodes: Episodes, shaped: FloatArray) -> dict[str, float]:
         """One gradient step on one batch."""
@@ -341,19 +334,6 @@ class REINFORCE:
         if cfg.baseline == "learned":
             metrics["loss/value"] = total_value
         return metrics | {"optim/grad_norm": norm} | means.result()
-
-    def _fit_scale(self) -> int:
-        """Fit the reward's scale on samples of the first policy; returns their tokens."""
-        cfg = self.config
-        found = collect(
-            self.reference or self.policy,
-            self.envs,
-            cfg.scale_episodes,
-            seed=int(mix64(cfg.seed, _SCALE)),
-        )
-        check_scored(found)
-        self.scale.fit(found.scores, found.weight)
-        return found.num_tokens
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
         cfg = self.config

@@ -10,19 +10,14 @@ from hypothesis import strategies as st
 from textgym.episodes import Episodes
 from textgym.learning import (
     GuardedOptimizer,
-    Means,
     NonFiniteError,
-    RewardScale,
     UnscoredError,
     check_scored,
-    learned_weights,
     learning_rate,
     microbatches,
-    rollout_metrics,
-    sample_records,
-    shape_rewards,
-    spread,
 )
+from textgym.metrics import Means, rollout_metrics, sample_records, spread
+from textgym.shaping import RewardScale, learned_weights, shape_rewards
 from textgym.tokens import symbol_tokenizer
 
 
@@ -71,6 +66,16 @@ def test_shaped_rewards_by_hand() -> None:
     got = shape_rewards(episodes(), None, beta=0.5, scale=scale, cut_penalty=3.0)
     np.testing.assert_allclose(got, [0.125, (1 - 3 - 1) / 2, (0 - 3 - 1) / 2, 0, 0, -0.25])
     np.testing.assert_array_equal(episodes().reward, [0.25, 1.0, 0.0, 0.0, 0.0, 0.5])
+
+
+def test_a_truncated_episode_has_no_outcome_to_centre() -> None:
+    """Its value, which is learned from shaped rewards, is less the mean already."""
+    scale = RewardScale()
+    scale.mean, scale.std = 1.0, 2.0
+    ended = np.array([True, True, False])
+    batch = episodes(terminated=ended, truncated=~ended)
+    got = shape_rewards(batch, None, beta=0.0, scale=scale)
+    np.testing.assert_allclose(got, [0.125, 0.0, -0.5, 0.0, 0.0, 0.25])
 
 
 def test_shaping_keeps_the_score_minus_the_price() -> None:

@@ -219,13 +219,21 @@ class AdaptiveKL:
         """
         if not math.isfinite(kl):
             raise ValueError(f"the measured KL must be finite, got {kl}")
+        self.check(episodes)
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        self._beta *= 1.0 + error * episodes / self.horizon
+
+    def check(self, episodes: int) -> None:
+        """Check that a batch of so many episodes leaves the price above 0.
+
+        Raises:
+            ValueError: If the horizon is too short for it.
+        """
         if 0.2 * episodes >= self.horizon:
             raise ValueError(
                 f"horizon {self.horizon:g} is too short for batches of {episodes} episodes: "
                 f"choose more than {0.2 * episodes:g}"
             )
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self._beta *= 1.0 + error * episodes / self.horizon
 
     def state_dict(self) -> dict[str, float]:
         """Everything that `load_state_dict` needs; target and horizon are configuration."""

@@ -1,29 +1,27 @@
 """What the agents share: plain functions between a rollout and an optimizer step.
 
-Rewards become shaped rewards (`shape_rewards`), episodes become microbatches (`microbatches`), and
+Settings are checked before anything is sampled, episodes become microbatches (`microbatches`), and
 gradients become steps that are skipped where they are not finite (`GuardedOptimizer`). The
-mathematics is in `returns`, `losses` and `kl`; the bookkeeping of a run is in `runs`.
+mathematics is in `returns`, `losses` and `kl`, what rewards become in `shaping`, the bookkeeping of
+a run in `runs`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.kl import AdaptiveKL, FixedKL, KLController, k1
-from textgym.returns import FloatArray, IntArray
+from textgym.returns import IntArray, check_unit
 
 if TYPE_CHECKING:
     from textgym.episodes import Episodes
     from textgym.policies import CausalLMPolicy
     from textgym.vector import TextGenVectorEnv
-
-Cut = Literal["keep", "mask"]
 
 
 class UnscoredError(RuntimeError):
@@ -118,89 +116,32 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
-def kl_controller(coef: float, target: float | None, horizon: float) -> KLController:
-    """A fixed price where there is no target, an adaptive one where there is."""
-    return FixedKL(coef) if target is None else AdaptiveKL(coef, target=target, horizon=horizon)
+def check_rl_config(config: Any) -> None:
+    """Check what the configs of all agents that sample have in common, before anything is sampled.
 
-
-# ------------------------------------------------------------------------------------ rewards
-
-
-class RewardScale:
-    """Shifts and scales episode scores by mean and standard deviation of samples of the reference.
-
-        score' = (score - mean) / std
-
-    Ziegler et al. 2019, section 2.2: rewards start with mean 0 and variance 1, so that one beta
-    suits them all. Before `fit` it changes nothing.
+    Raises:
+        ValueError: Naming the first number that could not be trained with.
     """
-
-    def __init__(self) -> None:
-        self.mean, self.std = 0.0, 1.0
-
-    def fit(self, scores: FloatArray, weights: FloatArray) -> None:
-        """Take the moments of scores [B], those of weight 0 left out; equal scores keep std 1."""
-        used = scores[weights > 0]
-        if len(used):
-            self.mean = float(used.mean())
-            self.std = float(used.std()) if used.std() > 1e-8 else 1.0
-
-    def state_dict(self) -> dict[str, float]:
-        """Everything that `load_state_dict` needs."""
-        return {"mean": self.mean, "std": self.std}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from `state`."""
-        self.mean, self.std = float(state["mean"]), float(state["std"])
+    check_positive(config, "episodes", "group_size", "checkpoint_every", "keep", "eval_episodes")
+    if config.episodes % config.group_size:
+        raise ValueError(
+            f"episodes must be a multiple of group_size ({config.group_size}), "
+            f"got {config.episodes}"
+        )
+    check_unit("gamma", config.gamma)
+    check_above_0(config, "max_grad_norm")
 
 
-def shape_rewards(
-    episodes: Episodes,
-    kl: FloatArray | None,
-    *,
-    beta: float,
-    scale: RewardScale | None = None,
-    cut_penalty: float = 0.0,
-) -> FloatArray:
-    """The rewards that are learned from.
+def check_above_0(config: Any, *names: str) -> None:
+    """Check that fields of a config are above 0, or None.
 
-        r'_t = (r_t - [t = T] * (mean + [cut] * penalty)) / std - beta * k1_t
-
-    Stiennon et al. 2020, equation 2, per token as in Ziegler et al. 2019, equation 2. What belongs
-    to the whole response is paid on its last action token, whatever ended the episode.
-
-    Args:
-        episodes: M action tokens in B episodes.
-        kl: k1 of each action token [M]; None without a reference.
-        beta: Price of one nat.
-        scale: Mean and std of the environment's scores; None is 0 and 1.
-        cut_penalty: Subtracted from the score of a response that the token budget cut.
-
-    Returns:
-        float64 [M].
+    Raises:
+        ValueError: Naming the first that is not.
     """
-    shaped = episodes.reward.astype(np.float64)
-    last = episodes.offsets[1:] - 1
-    shaped[last] -= cut_penalty * was_cut(episodes)
-    if scale is not None:
-        shaped[last] -= scale.mean
-        shaped /= scale.std
-    if kl is not None:
-        shaped -= beta * kl
-    return shaped
-
-
-def was_cut(episodes: Episodes) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which responses the token budget cut, bool [B], whatever flag the environment set."""
-    return np.array([reason == "length" for reason in episodes.stop_reason], bool)
-
-
-def learned_weights(episodes: Episodes, cut: Cut) -> FloatArray:
-    """Loss weights of the episodes [B]: 0 for unscored and, if `cut` is "mask", for cut ones."""
-    weights = episodes.weight.astype(np.float64)
-    if cut == "mask":
-        weights[was_cut(episodes)] = 0.0
-    return weights
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
 
 
 # ------------------------------------------------------------------------------------ forwards
@@ -215,37 +156,6 @@ def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Ite
     ordered = indices[np.argsort(-lengths, kind="stable")]
     for first in range(0, len(ordered), size):
         yield ordered[first : first + size]
-
-
-@torch.no_grad()
-def reference_k1(reference: CausalLMPolicy, episodes: Episodes, size: int | None) -> FloatArray:
-    """k1 of every action token, log pi (as sampled) minus log reference, float64 [M]."""
-    theirs = torch.zeros(episodes.num_tokens, dtype=torch.float64)
-    for part in microbatches(np.arange(len(episodes)), episodes, size):
-        scored = reference.evaluate(episodes.batch(part, reference.device), entropy=False)
-        theirs[torch.from_numpy(episodes.tokens(part))] = scored.logprob.double().cpu()
-    return k1(torch.from_numpy(episodes.logprob).double(), theirs).numpy()
-
-
-def exact_kl(
-    policy: CausalLMPolicy,
-    reference: CausalLMPolicy,
-    episodes: Episodes,
-    count: int,
-    size: int | None,
-) -> float:
-    """Exact KL to the reference over the first `count` scored episodes, nats per response."""
-    chosen = np.flatnonzero(episodes.weight > 0)[:count]
-    total = 0.0
-    for part in microbatches(chosen, episodes, size):
-        total += float(policy.kl(reference, episodes.batch(part, policy.device)).double().sum())
-    return total / len(chosen) if len(chosen) else math.nan
-
-
-def adapt(controller: KLController, kl: float, episodes: Episodes) -> None:
-    """Let the price follow the measured KL; a batch without any score says nothing."""
-    if math.isfinite(kl):
-        controller.update(kl, int((episodes.weight > 0).sum()))
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:
@@ -347,74 +257,3 @@ class GuardedOptimizer:
         """Go on from `state`."""
         self.adam.load_state_dict(state["adam"])
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])
-
-
-class Means:
-    """Weighted means by name, of finite numbers only."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
-
-    def add(self, weight: float = 1.0, **values: float) -> None:
-        """Take in numbers of one weight; `__` in a name stands for `/`."""
-        for name, value in values.items():
-            if math.isfinite(value):
-                key = name.replace("__", "/")
-                total, count = self._sums.get(key, (0.0, 0.0))
-                self._sums[key] = (total + weight * float(value), count + weight)
-
-    def result(self) -> dict[str, float]:
-        """The means; a name that was never added is not there."""
-        return {k: total / count for k, (total, count) in self._sums.items() if count > 0}
-
-
-# ------------------------------------------------------------------------------------ what to log
-
-
-def rollout_metrics(episodes: Episodes) -> dict[str, float]:
-    """Scores, lengths, ends and reward components of a batch, by glossary name."""
-    scored = episodes.weight > 0
-    scores = episodes.scores[scored]
-    metrics = {
-        "rollout/reward_mean": float(scores.mean()) if len(scores) else math.nan,
-        "rollout/reward_std": float(scores.std()) if len(scores) else math.nan,
-        "rollout/response_length": float(episodes.lengths.mean()),
-        "rollout/unscored": float(1.0 - scored.mean()),
-    }
-    for reason in ("stop_id", "stop_string", "length", "env"):
-        metrics[f"rollout/{reason}"] = episodes.stop_reason.count(reason) / len(episodes)
-    for name, values in episodes.components.items():
-        applies = np.add.reduceat(~np.isnan(values), episodes.offsets[:-1]) > 0
-        chosen = episodes.per_episode(values)[scored & applies]
-        metrics[f"reward/{name}"] = float(chosen.mean()) if len(chosen) else math.nan
-    return metrics
-
-
-def sample_records(
-    episodes: Episodes, tokenizer: Any, indices: Iterable[int], shaped: FloatArray | None = None
-) -> Iterator[dict[str, Any]]:
-    """Some episodes as people read them, with the reward of each token."""
-    for b in indices:
-        own = slice(int(episodes.offsets[b]), int(episodes.offsets[b + 1]))
-        ids = episodes.sequence(b)[episodes.column[own]]
-        record: dict[str, Any] = {
-            "prompt": episodes.prompts[b],
-            "text": episodes.texts[b],
-            "score": float(episodes.scores[b]),
-            "stop_reason": episodes.stop_reason[b],
-            "status": episodes.status[b],
-            "components": {
-                n: v[own][~np.isnan(v[own])].sum() for n, v in episodes.components.items()
-            },
-            "tokens": [tokenizer.piece(int(i)) for i in ids],
-            "token_rewards": episodes.reward[own],
-            "token_logprobs": episodes.logprob[own],
-        }
-        if shaped is not None:
-            record["token_shaped_rewards"] = shaped[own]
-        yield record
-
-
-def spread(total: int, count: int) -> Sequence[int]:
-    """`count` indices spread evenly over `range(total)`."""
-    return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()] if total else []

@@ -30,8 +30,9 @@ from textgym.checkpoint import (
     prepare_folder,
     save_checkpoint,
 )
-from textgym.learning import rollout_metrics
+from textgym.learning import check_scored
 from textgym.logging import RunLogger
+from textgym.metrics import rollout_metrics
 from textgym.rollout import collect
 from textgym.streams import mix64
 
@@ -129,6 +130,7 @@ class Run:
             ValueError: If the reference is not that of the run that is resumed.
         """
         self.policy, self.config, self.parts = policy, config, dict(parts)
+        policy.invalidate_cache()  # what it did before this run must not show in how it rounds
         self.tokenizer = tokenizer
         self.folder = None if folder is None else prepare_folder(folder)
         self.total_tokens, self.max_updates = total_tokens, max_updates
@@ -138,7 +140,7 @@ class Run:
         self._evaluate = evaluate
         self._fingerprint = fingerprint(reference)
         self._saved: Path | None = None
-        self._stop = False
+        self._saved_update = -1
         self._done_here = 0
         self._rollout_s = 0.0
         self._interrupt = _Interrupt()
@@ -167,19 +169,16 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is over: its tokens are spent, or it was stopped."""
+        """Whether the run is over: its tokens are spent, or its patience is (also once resumed)."""
         spent = self.total_tokens is not None and self.counters.tokens >= self.total_tokens
-        return spent or self._stop
+        patience = getattr(self.config, "patience", 0)
+        return spent or 0 < patience <= self.counters.since_best
 
     @property
     def wants_more(self) -> bool:
         """Whether to do another update."""
         here = self.max_updates is not None and self._done_here >= self.max_updates
         return not (self.finished or here or self._interrupt.requested)
-
-    def stop(self) -> None:
-        """End the run after this update."""
-        self._stop = True
 
     def __enter__(self) -> Self:
         self._interrupt.install()
@@ -253,6 +252,8 @@ class Run:
     def result(self) -> Result:
         """What was done."""
         if self._interrupt.requested:
+            if self._saved_update != self.counters.update:  # it came when the update was done
+                self._save(best=False)
             where = f"saved {self._saved}; resume with resume=True (--resume)"
             self.log.message(f"interrupted: {where if self._saved else 'nothing was saved'}")
         best = None if self.checkpoints is None else best_checkpoint(self.checkpoints)
@@ -278,9 +279,6 @@ class Run:
         improved = score > count.best
         count.best = max(count.best, score)
         count.since_best = 0 if improved else count.since_best + 1
-        patience = getattr(self.config, "patience", 0)
-        if patience and count.since_best >= patience:
-            self.stop()
         return metrics | {"eval/best": count.best}, improved
 
     def _save(self, best: bool) -> None:
@@ -301,6 +299,7 @@ class Run:
             keep=self.config.keep,
             best=best,
         )
+        self._saved_update = self.counters.update
 
     def _load(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
@@ -319,6 +318,7 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         self._saved, self.resumed = checkpoint, True
+        self._saved_update = self.counters.update
 
 
 def write_policy(policy: CausalLMPolicy, tokenizer: Tokenizer | None, checkpoint: Path) -> None:
@@ -370,9 +370,13 @@ def read_policy(policy: CausalLMPolicy, checkpoint: Path) -> None:
 
 
 def fingerprint(policy: CausalLMPolicy | None) -> int:
-    """A number that tells policies apart by the first weights of each parameter; 0 for None."""
+    """A number that tells policies apart by the first weights of each parameter; 0 for None.
+
+    Of a policy with adapters it is that of the weights under them: those that do not change.
+    """
     total = 0
-    for parameter in [] if policy is None else policy.parameters():
+    named = [] if policy is None else list(policy.model.named_parameters())
+    for parameter in [p for name, p in named if "lora_" not in name]:
         head = parameter.detach().reshape(-1)[:256].float().cpu().numpy()
         total = zlib.crc32(head.tobytes(), total)
     return total
@@ -392,11 +396,16 @@ def evaluate_policy(
 
     Returns:
         Metrics by glossary name, and the episodes.
+
+    Raises:
+        UnscoredError: If more than 20 % of the episodes have no score: the mean of the others says
+            little, and a checkpoint must not be called the best for it.
     """
     prompts = len(envs.unwrapped.task.prompts)
     rows = np.arange(episodes, dtype=np.int64) % prompts
     key = int(mix64(seed, _EVAL))
     found = collect(policy, envs, episodes, seed=key, prompt_rows=rows, path=path)
+    check_scored(found)
     rollout = rollout_metrics(found)
     metrics = {
         "eval/reward_mean": rollout["rollout/reward_mean"],

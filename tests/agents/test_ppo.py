@@ -10,6 +10,7 @@ from textgym.agents.ppo import PPO, PPOConfig, gae_advantage
 from textgym.learning import NonFiniteError, UnscoredError
 from textgym.rewards import dense
 from textgym.rollout import collect
+from textgym.shaping import RewardScale, fit_scale
 
 FAST = PPOConfig(episodes=16, minibatches=2, epochs=2, lr=3e-3, kl_coef=0.01)
 
@@ -96,6 +97,56 @@ def test_too_many_unscored_episodes_stop_the_run(make_envs: Any, make_policy: An
     assert "Traceback" in str(e.value)
 
 
+def test_too_many_unscored_held_out_episodes_stop_the_run_too(
+    make_envs: Any, make_policy: Any
+) -> None:
+    """Else the best checkpoint would be chosen by the few that have a score."""
+
+    def flaky(text: str) -> float:
+        if len(text) > 5:
+            raise ConnectionError("the judge is down")
+        return 0.5
+
+    agent = PPO(make_policy(), make_envs(), FAST, eval_envs=make_envs(reward=flaky))
+    with pytest.raises(UnscoredError, match="the judge is down"):
+        agent.learn(1000, quiet=True)
+
+
+def test_truncated_episodes_do_not_set_the_scale_of_rewards(
+    make_envs: Any, make_policy: Any
+) -> None:
+    """They were paid nothing because they have no outcome, not because it is worth 0."""
+    envs = make_envs(reward=lambda text: 50.0 + len(text), budget="truncate")
+    episodes = collect(make_policy(), envs, 64, seed=3)
+    assert 0 < episodes.truncated.sum() < 64
+    scale = RewardScale()
+    assert fit_scale(scale, make_policy(), envs, 64, 3) == episodes.num_tokens
+    assert scale.mean == pytest.approx(episodes.scores[episodes.terminated].mean())
+    assert scale.mean > 50
+
+
+@pytest.mark.parametrize("ent_coef", [0.0, 0.01])
+def test_the_entropy_has_a_gradient_only_where_it_is_learned_from(
+    make_envs: Any, make_policy: Any, ent_coef: float
+) -> None:
+    policy, asked = make_policy(), []
+    evaluate = policy.evaluate
+
+    def watched(batch: Any, **options: bool) -> Any:
+        asked.append(options)
+        return evaluate(batch, **options)
+
+    policy.evaluate = watched
+    config = dataclasses.replace(FAST, ent_coef=ent_coef, minibatches=1)
+    line = PPO(policy, make_envs(), config).learn(1, quiet=True).history[-1]
+    learned = bool(ent_coef)
+    assert asked == [
+        {"entropy": True, "entropy_gradient": learned},
+        {"entropy": learned, "entropy_gradient": learned},
+    ]
+    assert 1.5 < line["policy/entropy"] < math.log(6)
+
+
 def test_non_finite_steps_are_skipped_and_five_stop_the_run(
     make_envs: Any, make_policy: Any
 ) -> None:
@@ -153,8 +204,7 @@ def test_adaptive_kl_moves_its_price(make_envs: Any, make_policy: Any) -> None:
     history = PPO(make_policy(), make_envs(), config).learn(2000, quiet=True).history
     assert history[-1]["kl/beta"] > 0.1
     with pytest.raises(ValueError, match="too short for batches of 16"):
-        config = dataclasses.replace(config, kl_horizon=3)
-        PPO(make_policy(), make_envs(), config).learn(100, quiet=True)
+        PPO(make_policy(), make_envs(), dataclasses.replace(config, kl_horizon=3))
 
 
 def test_rewards_are_scaled_on_samples_of_the_reference(make_envs: Any, make_policy: Any) -> None:
@@ -191,6 +241,13 @@ def test_what_does_not_fit_is_refused(make_envs: Any, make_policy: Any) -> None:
         PPO(policy, envs, reference=make_policy(temperature=2.0))
     with pytest.raises(ValueError, match="minibatches must be at least 1"):
         PPOConfig(minibatches=0)
+    with pytest.raises(ValueError, match=r"multiple of group_size \(3\), got 64"):
+        PPOConfig(group_size=3)
+    with pytest.raises(ValueError, match=r"gae_lambda must lie in \[0, 1\], got 1.5"):
+        PPOConfig(gae_lambda=1.5)
+    for name in ("max_grad_norm", "clip_coef", "vf_clip_coef", "target_kl"):
+        with pytest.raises(ValueError, match=f"{name} must be above 0, got 0"):
+            PPOConfig(**{name: 0.0})
     frozen = make_policy()
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="every one is frozen"):

@@ -15,6 +15,7 @@ import torch
 from textgym.agents import PPO, REINFORCE, SFT, PPOConfig, REINFORCEConfig, SFTConfig
 from textgym.checkpoint import CheckpointError
 from textgym.logging import read_metrics
+from textgym.runs import Run
 
 TOKENS = 400
 AGENTS = {
@@ -30,6 +31,9 @@ AGENTS = {
             scale_episodes=8,
             lr=1e-2,
             lr_final=0.0,
+            warmup_updates=3,
+            ent_coef=0.01,
+            target_kl=0.05,
             eval_every=3,
             checkpoint_every=2,
         ),
@@ -84,6 +88,9 @@ def test_a_lora_run_resumes_bit_for_bit(make_envs: Any, make_policy: Any, tmp_pa
         pieces.learn(TOKENS, quiet=True, resume=True, max_updates=updates)
     assert torch.equal(parameters(whole), parameters(pieces))
     assert lines(tmp_path / "whole") == lines(tmp_path / "pieces")
+    other = agent("ppo", make_envs, make_policy, tmp_path / "pieces", lora=2, seed=9)
+    with pytest.raises(ValueError, match="reference policy is not that of the run"):
+        other.learn(TOKENS, quiet=True, resume=True)
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(
@@ -113,6 +120,38 @@ def test_ctrl_c_saves_and_says_how_to_resume(
     assert not pieces.learn(TOKENS, quiet=True, resume=True).interrupted
     assert torch.equal(parameters(whole), parameters(pieces))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_between_two_updates_loses_none(
+    make_envs: Any, make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal comes when the update is done and the decision not to save it was made."""
+    fresh_start, done = Run._fresh_start, []
+
+    def interrupted(run: Run) -> None:
+        fresh_start(run)
+        done.append(1)
+        if len(done) == 4:  # before the first update, and after each
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "_fresh_start", interrupted)
+    result = agent("reinforce", make_envs, make_policy, tmp_path).learn(TOKENS, quiet=True)
+    assert result.interrupted
+    assert result.updates == 3
+    assert result.checkpoint is not None
+    assert result.checkpoint.name == "step-00000003"
+
+
+def test_a_run_that_lost_patience_is_over_when_resumed(
+    make_envs: Any, make_policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SFT, "nll", lambda self, examples: 1.0)  # it never gets better
+    config = SFTConfig(batch_size=4, eval_every=1, patience=2)
+    for updates in (2, 0):
+        learner = SFT(make_policy(), make_envs(), config, eval_envs=make_envs(), folder=tmp_path)
+        result = learner.learn(TOKENS, quiet=True, resume=True)
+        assert result.updates == 2
+        assert len([h for h in result.history if "loss/nll" in h]) == updates
 
 
 def test_a_folder_with_a_run_is_not_overwritten(

@@ -1,0 +1,205 @@
+"""The rewards that are learned from: scaled, fined where cut, less the price of KL.
+
+An environment cannot see log pi, so what depends on it is added here, between rollout and update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from textgym.kl import AdaptiveKL, FixedKL, KLController, k1, kl_per_response
+from textgym.learning import check_scored, microbatches
+from textgym.returns import FloatArray
+from textgym.rollout import collect
+
+if TYPE_CHECKING:
+    from textgym.episodes import Episodes
+    from textgym.policies import CausalLMPolicy
+    from textgym.vector import TextGenVectorEnv
+
+Cut = Literal["keep", "mask"]
+
+
+def kl_controller(config: Any) -> KLController:
+    """A fixed price of KL where the config has no `kl_target`, an adaptive one where it has.
+
+    Raises:
+        ValueError: If the price is negative, or target or horizon do not fit the batches.
+    """
+    if config.kl_target is None:
+        return FixedKL(config.kl_coef)
+    controller = AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+    controller.check(config.episodes)
+    return controller
+
+
+class RewardScale:
+    """Shifts and scales episode scores by mean and standard deviation of samples of the reference.
+
+        score' = (score - mean) / std
+
+    Ziegler et al. 2019, section 2.2: rewards start with mean 0 and variance 1, so that one beta
+    suits them all. Before `fit` it changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.mean, self.std = 0.0, 1.0
+
+    def fit(self, scores: FloatArray, weights: FloatArray) -> None:
+        """Take the moments of scores [B], those of weight 0 left out; equal scores keep std 1.
+
+        An episode that was truncated has no outcome, hence no score: give it weight 0.
+        """
+        used = scores[weights > 0]
+        if len(used):
+            self.mean = float(used.mean())
+            self.std = float(used.std()) if used.std() > 1e-8 else 1.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything that `load_state_dict` needs."""
+        return {"mean": self.mean, "std": self.std}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from `state`."""
+        self.mean, self.std = float(state["mean"]), float(state["std"])
+
+
+def shape_rewards(
+    episodes: Episodes,
+    kl: FloatArray | None,
+    *,
+    beta: float,
+    scale: RewardScale | None = None,
+    cut_penalty: float = 0.0,
+) -> FloatArray:
+    """The rewards that are learned from.
+
+        r'_t = (r_t - [t = T] * ([terminated] * mean + [cut] * penalty)) / std - beta * k1_t
+
+    Stiennon et al. 2020, equation 2, per token as in Ziegler et al. 2019, equation 2. What belongs
+    to the whole response is paid on its last action token, whatever ended the episode. The mean is
+    that of outcomes: a truncated episode has none yet, and the value that it bootstraps from is
+    less the mean already.
+
+    Args:
+        episodes: M action tokens in B episodes.
+        kl: k1 of each action token [M]; None without a reference.
+        beta: Price of one nat.
+        scale: Mean and std of the environment's scores; None is 0 and 1.
+        cut_penalty: Subtracted from the score of a response that the token budget cut.
+
+    Returns:
+        float64 [M].
+    """
+    shaped = episodes.reward.astype(np.float64)
+    last = episodes.offsets[1:] - 1
+    shaped[last] -= cut_penalty * was_cut(episodes)
+    if scale is not None:
+        shaped[last] -= scale.mean * episodes.terminated
+        shaped /= scale.std
+    if kl is not None:
+        shaped -= beta * kl
+    return shaped
+
+
+def was_cut(episodes: Episodes) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which responses the token budget cut, bool [B], whatever flag the environment set."""
+    return np.array([reason == "length" for reason in episodes.stop_reason], bool)
+
+
+def learned_weights(episodes: Episodes, cut: Cut) -> FloatArray:
+    """Loss weights of the episodes [B]: 0 for unscored and, if `cut` is "mask", for cut ones."""
+    weights = episodes.weight.astype(np.float64)
+    if cut == "mask":
+        weights[was_cut(episodes)] = 0.0
+    return weights
+
+
+def fit_scale(
+    scale: RewardScale,
+    policy: CausalLMPolicy,
+    envs: TextGenVectorEnv,
+    episodes: int,
+    seed: int,
+) -> int:
+    """Fit a reward's scale on the outcomes of samples of `policy`; returns their action tokens.
+
+    Raises:
+        UnscoredError: If more than 20 % of them have no score.
+    """
+    found = collect(policy, envs, episodes, seed=seed)
+    check_scored(found)
+    scale.fit(found.scores, found.weight * found.terminated)
+    return found.num_tokens
+
+
+def priced_rewards(
+    policy: CausalLMPolicy,
+    reference: CausalLMPolicy | None,
+    episodes: Episodes,
+    *,
+    controller: KLController,
+    scale: RewardScale,
+    config: Any,
+) -> tuple[FloatArray, dict[str, float]]:
+    """Shape the rewards of a batch at the present price of KL, then let the price follow the KL.
+
+    Args:
+        policy: What sampled the episodes.
+        reference: What the distance is to; None for no price.
+        episodes: M action tokens.
+        controller: Sets the price.
+        scale: Mean and std of the environment's scores.
+        config: The agent's; reads `cut_penalty`, `exact_kl_episodes` and `microbatch`.
+
+    Returns:
+        Shaped rewards float64 [M], and what to log, by glossary name.
+    """
+    beta, kl, metrics = controller.beta, None, {}
+    if reference is not None:
+        kl = reference_k1(reference, episodes, config.microbatch)
+        metrics["kl/beta"] = beta
+        metrics["kl/ref"] = kl_per_response(kl, episodes.offsets, episodes.weight)
+        if config.exact_kl_episodes:
+            metrics["kl/ref_exact"] = exact_kl(
+                policy, reference, episodes, config.exact_kl_episodes, config.microbatch
+            )
+        adapt(controller, metrics["kl/ref"], episodes)
+    shaped = shape_rewards(episodes, kl, beta=beta, scale=scale, cut_penalty=config.cut_penalty)
+    return shaped, metrics
+
+
+@torch.no_grad()
+def reference_k1(reference: CausalLMPolicy, episodes: Episodes, size: int | None) -> FloatArray:
+    """k1 of every action token, log pi (as sampled) minus log reference, float64 [M]."""
+    theirs = torch.zeros(episodes.num_tokens, dtype=torch.float64)
+    for part in microbatches(np.arange(len(episodes)), episodes, size):
+        scored = reference.evaluate(episodes.batch(part, reference.device), entropy=False)
+        theirs[torch.from_numpy(episodes.tokens(part))] = scored.logprob.double().cpu()
+    return k1(torch.from_numpy(episodes.logprob).double(), theirs).numpy()
+
+
+def exact_kl(
+    policy: CausalLMPolicy,
+    reference: CausalLMPolicy,
+    episodes: Episodes,
+    count: int,
+    size: int | None,
+) -> float:
+    """Exact KL to the reference over the first `count` scored episodes, nats per response."""
+    chosen = np.flatnonzero(episodes.weight > 0)[:count]
+    total = 0.0
+    for part in microbatches(chosen, episodes, size):
+        total += float(policy.kl(reference, episodes.batch(part, policy.device)).double().sum())
+    return total / len(chosen) if len(chosen) else math.nan
+
+
+def adapt(controller: KLController, kl: float, episodes: Episodes) -> None:
+    """Let the price follow the measured KL; a batch without any score says nothing."""
+    if math.isfinite(kl):
+        controller.update(kl, int((episodes.weight > 0).sum()))
