@@ -96,7 +96,7 @@ def rl(args: Args, agent: str, reward: str, seed: int) -> list[str]:
     common = (
         f"--seed {seed} --total-tokens {args.total_tokens} --episodes 64 --microbatch 16 "
         "--warmup-updates 3 --kl-coef 0.005 --exact-kl-episodes 8 --eval-every 5 "
-        "--eval-episodes 99 --report-prompts 64 --checkpoint-every 5 --no-sft-baseline"
+        "--eval-episodes 99 --report-prompts 64 --checkpoint-every 5 --sft-baseline False"
     )
     folder = args.out / name(agent, reward, seed)
     where = ["--model", str(args.out / "sft"), "--folder", str(folder)]

@@ -10,7 +10,21 @@ import pytest
 import torch
 from torch import nn
 
+from textgym.policies import cpu_linear
 from textgym.policies.cpu_linear import OneDNNLinear, use_onednn
+
+
+@pytest.fixture(autouse=True)
+def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "SMALLEST", 1)
+
+
+def test_small_products_are_left_to_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fast = pair(bias=False)
+    monkeypatch.setattr(cpu_linear, "SMALLEST", 3 * 24 * 40 + 1)
+    monkeypatch.setattr(cpu_linear, "_times_transposed", None)  # not even asked
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(fast(x), plain(x))
 
 
 def pair(bias: bool, dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, nn.Linear]:
