@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 1 << 26
-"""Multiplications of a product that is worth it: oneDNN writes code for every new shape (0.5 ms)."""
+"""Multiplications of a product that is worth it: oneDNN writes code for a new shape (0.5 ms)."""
 
 
 class OneDNNLinear(nn.Linear):
