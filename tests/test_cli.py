@@ -15,10 +15,14 @@ from rich.console import Console
 from textgym.cli import COMMANDS, main
 from textgym.commands.errors import UsageError
 from textgym.commands.listing import agent_modules
+from textgym.commands.measure import Measured
+from textgym.commands.models import find_model
 from textgym.commands.options import OPTIONS, parse
 from textgym.commands.play import Game, PlayArgs
+from textgym.commands.report import as_json, counted, metrics_table, summary
 from textgym.commands.setup import TaskArgs, TaskMaker
 from textgym.commands.train import REPORT
+from textgym.evaluation import mean_metric
 from textgym.registry import ENVIRONMENTS
 
 BANDIT = ["--env", "textgym/Bandit-v0", "--quiet", "--episodes", "16", "--report-prompts", "16"]
@@ -98,6 +102,28 @@ def test_train_writes_a_run_that_eval_scores(capsys: pytest.CaptureFixture[str])
     # The run brought its reference: KL is to the model that it started from.
     assert scored["metrics"]["sampled"]["kl"]["value"] > 0.0
     assert json.loads(Path("scores.json").read_text())["metrics"] == scored["metrics"]
+
+
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no model folder runs/mien; did you mean runs/mine"):
+        find_model("runs/mien")
+    assert find_model("owner/name") == "owner/name"
+    assert find_model("gpt2") == "gpt2"
+
+
+def test_one_prompt_has_no_interval() -> None:
+    one = Measured({"length": mean_metric("length", [3.0])}, ["p"], ["t"], [1.0])
+    two = Measured({"length": mean_metric("length", [3.0, 4.0])}, ["p", "q"], ["t"] * 2, [1.0] * 2)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(metrics_table("", {"one": summary(one), "two": summary(two)}))
+    assert console.file.getvalue().count("±") == 1  # type: ignore[attr-defined]
+    assert as_json({"one": summary(one)})["one"]["length"] == {
+        "value": 3.0,
+        "low": None,
+        "high": None,
+    }
+    assert (counted(1, "prompt"), counted(2, "prompt")) == ("1 prompt", "2 prompts")
 
 
 def test_a_folder_is_not_trained_into_twice(capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,7 +208,9 @@ def test_rl_is_compared_with_sft_for_equal_time(
         (["--agent", "dqn"], "there are ppo, reinforce"),
         (["--resume", "--folder", "nowhere"], "holds no run"),
         (["--resume"], "needs --folder"),
-        (["--model", "no/such/folder"], "no/such/folder"),
+        (["--model", "no/such/folder"], "no model folder no/such/folder"),
+        (["--model", "./nothing"], "no model folder ./nothing"),
+        (["--model", "."], "neither a model"),
         (["--env", "textgym/Bandit-v0", "--folder", "pairs.csv/run"], "output folder"),
     ],
 )

@@ -131,6 +131,31 @@ def test_live_progress_on_a_terminal(
     assert "[saved] a line above" in err
 
 
+@pytest.mark.parametrize(("columns", "shown"), [(60, True), (80, True), (200, False)])
+def test_a_narrow_terminal_still_shows_reward_and_time_left(
+    columns: int,
+    shown: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    metrics = {
+        "time/tokens_per_s": 2345.0,
+        "rollout/reward_mean": 0.5,
+        "eval/reward_mean": 0.75,
+        "kl/ref": 1.5,
+        "policy/entropy": 2.0,
+    }
+    with logger(None, quiet=False, total_tokens=300_000, title="REINFORCE") as log:
+        for step in (1, 2):
+            log.log(step, metrics | {"time/total_tokens": 100_000 * step})
+    err = capsys.readouterr().err
+    assert "…" not in err and "reward 0.500" in err and "ETA" in err
+    assert ("300,000 tokens" not in err) == shown
+
+
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     with logger(None, quiet=True) as log:
         log.log(1, {"rollout/reward_mean": 1.0})

@@ -34,6 +34,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. The message says what is still whole."""
 
 
+class OtherRunError(CheckpointError, ValueError):
+    """A checkpoint is whole, but not of this agent, configuration or starting model."""
+
+
 def prepare_folder(folder: str | Path) -> Path:
     """Make `folder` and try to write in it, so that a run fails before it trains and not after.
 

@@ -50,10 +50,11 @@ def check_setup(
             than it scores, sizes do not fit, gamma differs from the reward schedule's, or a value
             head is needed and missing.
     """
-    mode = envs.metadata["autoreset_mode"].value
+    mode = getattr((envs.metadata or {}).get("autoreset_mode"), "value", "none")
     if mode != "Disabled":
         raise ValueError(
-            f"agents need a vector environment made with autoreset_mode='Disabled', got {mode!r}"
+            f"agents need a vector environment made with autoreset_mode='Disabled', got {mode!r}: "
+            "gym.make_vec(id, num_envs, autoreset_mode='Disabled', ...)"
         )
     if not policy.is_exact:
         raise ValueError(
@@ -68,12 +69,14 @@ def check_setup(
         if model.vocab_size != task.vocab_size:
             raise ValueError(
                 f"the {name} has {model.vocab_size} actions and the environment "
-                f"{task.vocab_size}: make the policy with vocab_size={task.vocab_size}"
+                f"{task.vocab_size}: give the environment the model's tokenizer (tokenizer=<its "
+                f"folder or name>), or make the policy with vocab_size={task.vocab_size}"
             )
         if model.context_length is not None and model.context_length < task.max_length:
             raise ValueError(
                 f"the {name}'s context holds {model.context_length} tokens, an episode up to "
-                f"{task.max_length}: lower max_new_tokens or max_prompt_tokens"
+                f"{task.max_length}: lower max_new_tokens, or max_prompt_tokens with "
+                "truncate_prompt"
             )
     if reference is not None and reference.temperature != policy.temperature:
         raise ValueError(

@@ -239,7 +239,7 @@ def plot_learning_curve(folder: str | Path) -> Path:
     panels = [
         ("reward", ("rollout/reward_mean", "eval/reward_mean")),
         ("loss, nats per token", ("loss/nll", "eval/nll")),
-        ("KL to the reference, nats per response", ("kl/ref_exact", "kl/ref")),
+        ("KL to the reference,\nnats per response", ("kl/ref_exact", "kl/ref")),
         ("entropy, nats per token", ("policy/entropy",)),
         ("response length, tokens", ("rollout/response_length",)),
     ]
@@ -279,11 +279,15 @@ class _Progress:
 
     SHOWN = (
         ("reward", ("rollout/reward_mean",)),
-        ("eval", ("eval/reward_mean", "eval/nll")),
-        ("loss", ("loss/nll",)),
+        ("eval", ("eval/reward_mean",)),
+        ("eval nll", ("eval/nll",)),
+        ("nll", ("loss/nll",)),
         ("KL", ("kl/ref_exact", "kl/ref")),
         ("entropy", ("policy/entropy",)),
     )
+    BAR = 12
+    DROPPED = ("tokens", "entropy", "update", "speed", "KL")
+    """What a narrow terminal goes without, in this order; the bar tells the share of tokens."""
 
     def __init__(self, title: str, total_tokens: int | None, plain_every: float) -> None:
         from rich.console import Console
@@ -300,9 +304,9 @@ class _Progress:
         if self.console.is_terminal:
             self.live = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=self.BAR),
                 TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[facts]}"),
+                TextColumn("{task.fields[facts]}", markup=False),
                 console=self.console,
             )
 
@@ -312,8 +316,14 @@ class _Progress:
             # What was done before this call (by a resumed run, or during the first update) took
             # a time that is not known here.
             self.first = (now, tokens)
-        facts = self.facts(step, numbers, now, tokens)
+        parts = self.facts(step, numbers, now, tokens)
+        facts = "  ".join(parts.values())
         if self.live is not None:
+            room = self.console.width - len(self.title) - self.BAR - len("  100% ") - 1
+            for name in self.DROPPED:
+                if len(facts) > room:
+                    parts.pop(name, None)
+                    facts = "  ".join(parts.values())
             if self.task is None:
                 self.live.start()
                 self.task = self.live.add_task(self.title, total=self.total, facts=facts)
@@ -324,29 +334,32 @@ class _Progress:
         else:
             self.pending = facts
 
-    def facts(self, step: int, numbers: Mapping[str, float], now: float, tokens: float) -> str:
-        """One line: update, tokens, speed, what is learned, time left."""
-        parts = [f"update {step}"]
+    def facts(
+        self, step: int, numbers: Mapping[str, float], now: float, tokens: float
+    ) -> dict[str, str]:
+        """By name: update, tokens, speed, what is learned, time left."""
+        parts = {"update": f"update {step}"}
         if not math.isnan(tokens):
-            parts.append(f"{tokens:,.0f}" + (f"/{self.total:,}" if self.total else "") + " tokens")
+            whole = f"/{self.total:,}" if self.total else ""
+            parts["tokens"] = f"{tokens:,.0f}{whole} tokens"
         if math.isfinite(numbers.get("time/tokens_per_s", math.nan)):
-            parts.append(f"{numbers['time/tokens_per_s']:,.0f} tok/s")
+            parts["speed"] = f"{numbers['time/tokens_per_s']:,.0f} tok/s"
         for label, names in self.SHOWN:
             for name in names:
                 if math.isfinite(numbers.get(name, math.nan)):
                     self.kept[label] = numbers[name]  # evaluations come every few updates
                     break
             if label in self.kept:
-                parts.append(f"{label} {self.kept[label]:.3f}")
+                parts[label] = f"{label} {self.kept[label]:.3f}"
         assert self.first is not None
         since, before = self.first
         if self.total and tokens > before:
             left = max(0.0, (now - since) * (self.total - tokens) / (tokens - before))
-            parts.append(f"ETA {int(left) // 60}:{int(left) % 60:02d}")
-        return "  ".join(parts)
+            parts["left"] = f"ETA {int(left) // 60}:{int(left) % 60:02d}"
+        return parts
 
     def message(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def line(self, facts: str) -> None:
         self.console.print(f"{self.title}  {facts}", highlight=False, markup=False, soft_wrap=True)

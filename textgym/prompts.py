@@ -186,7 +186,7 @@ class Prompts(Sequence[Row]):
         if not 0 < count < len(groups):
             raise ValueError(
                 f"{self.name}: holding out {holdout} of {len(groups)} distinct prompts leaves one "
-                "side empty"
+                "side empty; more prompts or another share would not"
             )
         order = np.argsort(mix64(seed, np.arange(len(groups))), kind="stable")
         chosen = [list(groups.values())[g] for g in order]
@@ -227,7 +227,10 @@ def require_column(column: str, columns: Iterable[str], *, where: str) -> None:
 
 def _checked(row: Any, index: int, name: str) -> Row:
     if not isinstance(row, Mapping):
-        raise TypeError(f"{name}: row {index} must be a mapping, got {type(row).__name__}")
+        raise TypeError(
+            f"{name}: row {index} must be a mapping, got {type(row).__name__}; write "
+            '{"prompt": ...}'
+        )
     if "prompt" not in row:
         near = difflib.get_close_matches("prompt", [str(c) for c in row], n=1)
         hint = f"; rename {near[0]!r}, or pass" if near else "; pass"

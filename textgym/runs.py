@@ -24,6 +24,7 @@ import numpy as np
 
 from textgym.checkpoint import (
     CheckpointError,
+    OtherRunError,
     best_checkpoint,
     latest_checkpoint,
     load_state,
@@ -304,12 +305,12 @@ class Run:
     def _load(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)
         if state["reference"] != self._fingerprint:
-            raise ValueError(
+            raise OtherRunError(
                 f"the reference policy is not that of the run in {self.folder}: make the agent "
                 "with the model that the run started from (its weights are loaded when resuming)"
             )
         if set(state["parts"]) != set(self.parts):
-            raise ValueError(
+            raise OtherRunError(
                 f"{checkpoint} was saved by another agent or configuration: it holds "
                 f"{sorted(state['parts'])}, this one needs {sorted(self.parts)}"
             )

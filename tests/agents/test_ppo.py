@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from textgym.agents.ppo import PPO, PPOConfig, gae_advantage
+from textgym.env import TextGenEnv
 from textgym.learning import NonFiniteError, UnscoredError
 from textgym.rewards import dense
 from textgym.rollout import collect
@@ -227,11 +228,13 @@ def test_what_does_not_fit_is_refused(make_envs: Any, make_policy: Any) -> None:
     envs, policy = make_envs(), make_policy()
     with pytest.raises(ValueError, match="Disabled"):
         PPO(policy, type(envs)(envs.task, 2, autoreset_mode="SameStep"))
+    with pytest.raises(ValueError, match=r"got 'none': gym\.make_vec"):
+        PPO(policy, TextGenEnv(task=envs.task))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="sampler cuts it"):
         PPO(make_policy(top_k=3), envs)
     with pytest.raises(ValueError, match="value_head=True"):
         PPO(make_policy(value_head=False), envs)
-    with pytest.raises(ValueError, match="vocab_size=6"):
+    with pytest.raises(ValueError, match=r"the model's tokenizer.*vocab_size=6"):
         PPO(make_policy(vocab_size=5), envs)
     with pytest.raises(ValueError, match="context holds 16"):
         PPO(policy, make_envs(max_new_tokens=16))

@@ -18,6 +18,7 @@ import torch
 
 from textgym.episodes import SequenceBatch
 from textgym.policies import CausalLMPolicy, random_causal_lm
+from textgym.policies.loading import resolve_device
 
 VOCAB = 61
 OBS = {
@@ -373,3 +374,10 @@ class TestRandomLm:
             random_causal_lm(9, hidden_size=30)
         with pytest.raises(ValueError, match="num_kv_heads"):
             random_causal_lm(9, family="gpt2", num_kv_heads=2)
+
+
+def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"device 'cuda:1'.*sees no CUDA GPU"):
+        resolve_device("cuda:1")

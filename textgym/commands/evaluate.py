@@ -23,7 +23,9 @@ from textgym.commands.options import OPTIONS, value_of
 from textgym.commands.report import (
     as_json,
     completions_json,
+    counted,
     metrics_table,
+    notes,
     print_completions,
     summary,
     write_json,
@@ -96,9 +98,8 @@ def run(arguments: Sequence[str]) -> int:
     number = len(columns["greedy"].prompts)
     print_completions(console, columns, args.completions)
     console.print()
-    console.print(metrics_table(f"{maker.model}: {number} {args.split} prompts", shown))
-    if top is not None:
-        console.print("[dim]ceiling: one reference scored against the others[/]")
+    console.print(metrics_table(f"{maker.model}: {counted(number, f'{args.split} prompt')}", shown))
+    console.print(f"[dim]{notes(shown, 'the reference model')}[/]")
     result = {
         "model": maker.model,
         "split": args.split,

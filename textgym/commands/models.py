@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ def find_model(name: str) -> str:
     Args:
         name: A folder or hub name, `"embedded"`, the folder of a run (its best checkpoint, else its
             newest), or a checkpoint.
+
+    Raises:
+        ValueError: The folder is none of these, or the name can only be that of a folder and there
+            is none.
     """
     if name == EMBEDDED:
         return str(assets_folder())
@@ -35,7 +40,27 @@ def find_model(name: str) -> str:
         folder = found
     if (folder / "policy").is_dir():
         folder = folder / "policy"
-    return str(folder) if folder.is_dir() else name
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"the folder {name} holds neither a model (config.json) nor a run")
+        return str(folder)
+    _check_hub_name(name)
+    return name
+
+
+def _check_hub_name(name: str) -> None:
+    """Say that a folder is missing before the hub is asked for it, which takes long offline."""
+    folder = Path(name)
+    parent = folder.parent
+    siblings = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    beside_runs = any((parent / sibling / "checkpoints").is_dir() for sibling in siblings)
+    if name[:1] not in (".", "/", "~") and (
+        len(folder.parts) == 1 or (len(folder.parts) == 2 and not beside_runs)
+    ):
+        return
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
+    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    raise ValueError(f"there is no model folder {name}{hint}")
 
 
 SMALL = 10_000_000

@@ -37,11 +37,11 @@ class TrainArgs(TaskArgs):
     agent: str = "ppo"
     """Which algorithm; its own options follow from it."""
     total_tokens: int | None = None
-    """Action tokens to train on; sft: None is its `epochs`."""
+    """Action tokens to train on; default is 100000, and its `epochs` for sft."""
     folder: Path | None = None
     """Where everything goes; default is a new one under runs/."""
     resume: bool = False
-    """Go on with the run in --folder, with its options."""
+    """Go on with the run in --folder, with its options but for those that are given again."""
     num_envs: int = 64
     """Rows of the vector environment; changes speed, not results."""
     device: str = "auto"

@@ -19,7 +19,8 @@ from rich.table import Table
 from textgym.commands.errors import UsageError, reported
 from textgym.commands.setup import Split, TaskArgs, TaskMaker
 
-HELP = """Type text and press Enter to append it to the response. An empty line ends the response.
+HELP = """Type text and press Enter to append it to the response; a new word begins with a space.
+An empty line ends the response.
   #17 18     append token ids
   :undo      take back the last line
   :model     let the model write the rest (:model 5 for five tokens)
@@ -195,6 +196,7 @@ def run(arguments: Sequence[str]) -> int:
         try:
             line = console.input("> ")
         except EOFError:
+            console.print()
             return 0
         if line.strip() in (":quit", ":q"):
             return 0

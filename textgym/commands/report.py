@@ -34,11 +34,35 @@ Summary = dict[str, Interval | float]
 
 
 def summary(measured: Measured) -> Summary:
-    """Scores with 95 % bootstrap intervals over the responses."""
+    """Scores with 95 % bootstrap intervals over the prompts; of one prompt there is none: NaN."""
     return {
-        name: interval(metric) if isinstance(metric, Metric) else metric
+        name: _interval(metric) if isinstance(metric, Metric) else metric
         for name, metric in measured.metrics.items()
     }
+
+
+def _interval(metric: Metric) -> Interval:
+    if len(metric.statistics) > 1:
+        return interval(metric)
+    return Interval(metric.value, math.nan, math.nan)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{number} {what}" + "s" * (number != 1)
+
+
+def notes(columns: Mapping[str, Summary], reference: str) -> str:
+    """What a reader of the table must know; `reference` says which model that is."""
+    parts = ["±: half of the 95 % interval"]
+    names = {name for column in columns.values() for name in column}
+    if "bleu" in names:
+        parts.append("bleu: of all responses as one corpus")
+    if "kl" in names:
+        parts.append(f"kl, perplexity: against {reference}")
+    if "ceiling" in columns:
+        parts.append("ceiling: one reference scored against the others")
+    return "; ".join(parts)
 
 
 def metrics_table(title: str, columns: Mapping[str, Summary]) -> Table:
@@ -106,6 +130,8 @@ def _cell(value: Interval | float | None) -> str:
     if not isinstance(value, Interval):
         return f"{value:.3f}"
     digits = 3 if abs(value.value) < 10 else 1
+    if math.isnan(value.low):
+        return f"{value.value:.{digits}f}"
     return f"{value.value:.{digits}f} [dim]±{(value.high - value.low) / 2:.{digits}f}[/]"
 
 

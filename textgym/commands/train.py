@@ -36,7 +36,9 @@ from textgym.commands.options import (
 from textgym.commands.report import (
     as_json,
     completions_json,
+    counted,
     metrics_table,
+    notes,
     print_completions,
     summary,
     write_json,
@@ -156,6 +158,11 @@ class Training:
         if self.wants_baseline:
             shown = {name: summary(measured) for name, measured in columns.items()}
             console.print(metrics_table("so far", shown))
+            console.print(
+                "\nnow sft from the same start for the same time, to compare "
+                "(--sft-baseline False leaves it out)",
+                soft_wrap=True,
+            )
             columns["sft"], took["sft"] = self.baseline(seconds)
         self.report(columns, top, result, took)
         return 0
@@ -240,9 +247,8 @@ class Training:
         number = len(columns["before"].prompts)
         print_completions(console, columns, self.args.completions)
         console.print()
-        console.print(metrics_table(f"{number} test prompts, sampled", shown))
-        if top is not None:
-            console.print("[dim]ceiling: one reference scored against the others[/]")
+        console.print(metrics_table(f"{counted(number, 'test prompt')}, sampled", shown))
+        console.print(f"[dim]{notes(shown, 'the model before training')}[/]")
         kind = "CPU seconds" if self.policy.device.type == "cpu" else "seconds"
         times = ", ".join(f"{name} {seconds:.0f}" for name, seconds in took.items())
         console.print(f"[dim]{kind} of training, evaluations included: {times}[/]")

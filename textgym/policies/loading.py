@@ -15,10 +15,20 @@ if TYPE_CHECKING:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """`"auto"` is CUDA where there is a GPU, else the CPU (MPS only by name)."""
+    """`"auto"` is CUDA where there is a GPU, else the CPU (MPS only by name).
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r}: torch {torch.__version__} sees no CUDA GPU here; use "
+            "'auto' or 'cpu', or install a CUDA build of torch"
+        )
+    return found
 
 
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

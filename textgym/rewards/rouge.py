@@ -28,7 +28,7 @@ Gram = tuple[str, ...]
 
 
 class Rouge(Reward):
-    """The F-measure against the best reference: from 0 to 1.
+    """F-measure of n-grams (1, 2) or the longest common subsequence (L), best reference: 0 to 1.
 
     Args:
         kind: `"rouge1"` to `"rouge9"` (n-grams), `"rougeL"` (longest common subsequence) or
