@@ -238,3 +238,12 @@ def test_deep_copy_is_identity_and_pickling_makes_an_equal_handle(kind: str) -> 
     for attribute in ("name", "vocab_size", "bos_id", "stop_ids"):
         assert getattr(other, attribute) == getattr(handle, attribute)
     assert other.decode([0, 1]) == handle.decode([0, 1])
+
+
+def test_a_name_that_is_neither_folder_nor_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
+    with pytest.raises(OSError, match=r"no folder 'runs/mien' here.*no connection"):
+        load_tokenizer("runs/mien")

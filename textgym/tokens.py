@@ -237,7 +237,14 @@ def _embedded() -> Tokenizer:
 def _pretrained(name: str) -> Tokenizer:
     from transformers import AutoTokenizer, GenerationConfig
 
-    hf = AutoTokenizer.from_pretrained(name)
+    try:
+        hf = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(
+            f"there is no folder {name!r} here, nor a model on the hub: {error}"
+        ) from error
     try:
         more = _as_list(GenerationConfig.from_pretrained(name).eos_token_id)
     except OSError:  # a tokenizer alone, without a model beside it
