@@ -18,6 +18,7 @@ from rich.table import Table
 
 from textgym.commands.errors import UsageError, reported
 from textgym.commands.setup import Split, TaskArgs, TaskMaker
+from textgym.tokens import Tokenizer
 
 HELP = """Type text and press Enter to append it to the response; a new word begins with a space.
 An empty line ends the response.
@@ -58,7 +59,7 @@ class Game:
             maker = TaskMaker(args)
             self.env = maker.single(args.split)
         self.model = maker.model
-        self.tokenizer = self.env.task.tokenizer
+        self.tokenizer: Tokenizer = self.env.task.tokenizer
         self.rewards: list[float] = []
         self.pieces: list[str] = []
         self.undo: list[tuple[Any, int]] = []

@@ -42,7 +42,7 @@ class _Product(torch.autograd.Function):
         return _times_transposed(rows, weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         gradient = gradient.contiguous()  # that of a sum has strides 0, which takes oneDNN minutes
@@ -80,4 +80,5 @@ def _applies(*tensors: Tensor) -> bool:
 
 def _available() -> bool:
     """Whether this build of PyTorch has the operator that its compiler uses for linear layers."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built and hasattr(torch.ops.mkldnn, "_linear_pointwise")
