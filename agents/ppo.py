@@ -315,12 +315,12 @@ class PPO:
         token_weight = np.repeat(weights, episodes.lengths)
         advantages, returns = self.advantage(episodes, shaped, cfg)
         metrics = {
-            "policy/logprob": float(episodes.logprob.mean()),
             "value/explained_variance": explained_variance(episodes.value, returns, token_weight),
         }
         usable = np.flatnonzero(weights > 0)
         if not len(usable):
             return metrics
+        metrics["policy/logprob"] = float(np.average(episodes.logprob, weights=token_weight))
         if cfg.whiten:
             advantages = whiten(advantages, token_weight)
         steps = min(cfg.minibatches, len(usable))

@@ -289,7 +289,7 @@ class REINFORCE:
         last = np.where(episodes.terminated, 0.0, episodes.bootstrap_value)
         returns = discounted_returns(shaped, episodes.offsets, cfg.gamma, last_value=last)
 
-        metrics: dict[str, float] = {"policy/logprob": float(episodes.logprob.mean())}
+        metrics: dict[str, float] = {}
         if self.advantage is not None:
             advantages = self.advantage(episodes, returns, values)
         elif cfg.baseline == "moving_average":
@@ -312,6 +312,7 @@ class REINFORCE:
         usable = np.flatnonzero(weights > 0)
         if not len(usable):
             return metrics
+        metrics["policy/logprob"] = float(np.average(episodes.logprob, weights=token_weight))
         for part in microbatches(usable, episodes, cfg.microbatch):
             tokens = episodes.tokens(part)
             batch = episodes.batch(part, device)

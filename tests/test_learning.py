@@ -164,10 +164,9 @@ def test_rollout_metrics_by_hand() -> None:
     metrics = rollout_metrics(episodes())
     assert metrics["rollout/reward_mean"] == pytest.approx(0.875)
     assert metrics["rollout/reward_std"] == pytest.approx(0.375)
-    assert metrics["rollout/response_length"] == 2.0
+    assert metrics["rollout/response_length"] == 2.5  # of 2 and 3; the unscored one is out
     assert metrics["rollout/unscored"] == pytest.approx(1 / 3)
-    assert metrics["rollout/length"] == pytest.approx(2 / 3)
-    assert metrics["rollout/stop_id"] == pytest.approx(1 / 3)
+    assert metrics["rollout/length"] == metrics["rollout/stop_id"] == 0.5
     assert metrics["reward/bleu"] == pytest.approx(0.875)  # of 1.25 and 0.5
     assert metrics["reward/rare"] == 4.0  # the one episode that it applies to
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from textgym.returns import FloatArray
 
@@ -34,21 +35,24 @@ class Means:
 
 
 def rollout_metrics(episodes: Episodes) -> dict[str, float]:
-    """Scores, lengths, ends and reward components of a batch, by glossary name."""
+    """Scores, lengths, ends and reward components of a batch, by glossary name.
+
+    Episodes without a score count in `rollout/unscored` and nowhere else.
+    """
     scored = episodes.weight > 0
     scores = episodes.scores[scored]
+    reasons = np.array(episodes.stop_reason)[scored]
     metrics = {
-        "rollout/reward_mean": float(scores.mean()) if len(scores) else math.nan,
+        "rollout/reward_mean": _mean(scores),
         "rollout/reward_std": float(scores.std()) if len(scores) else math.nan,
-        "rollout/response_length": float(episodes.lengths.mean()),
+        "rollout/response_length": _mean(episodes.lengths[scored]),
         "rollout/unscored": float(1.0 - scored.mean()),
     }
     for reason in ("stop_id", "stop_string", "length", "env"):
-        metrics[f"rollout/{reason}"] = episodes.stop_reason.count(reason) / len(episodes)
+        metrics[f"rollout/{reason}"] = _mean(reasons == reason)
     for name, values in episodes.components.items():
         applies = np.add.reduceat(~np.isnan(values), episodes.offsets[:-1]) > 0
-        chosen = episodes.per_episode(values)[scored & applies]
-        metrics[f"reward/{name}"] = float(chosen.mean()) if len(chosen) else math.nan
+        metrics[f"reward/{name}"] = _mean(episodes.per_episode(values)[scored & applies])
     return metrics
 
 
@@ -80,3 +84,8 @@ def sample_records(
 def spread(total: int, count: int) -> Sequence[int]:
     """`count` indices spread evenly over `range(total)`."""
     return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()] if total else []
+
+
+def _mean(values: NDArray[Any]) -> float:
+    """The mean; NaN of nothing."""
+    return float(values.mean()) if len(values) else math.nan

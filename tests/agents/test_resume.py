@@ -131,15 +131,15 @@ def test_ctrl_c_between_two_updates_loses_none(
     def interrupted(run: Run) -> None:
         fresh_start(run)
         done.append(1)
-        if len(done) == 4:  # before the first update, and after each
+        if len(done) == 6:  # before the first update, and after each
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(Run, "_fresh_start", interrupted)
     result = agent("reinforce", make_envs, make_policy, tmp_path).learn(TOKENS, quiet=True)
     assert result.interrupted
-    assert result.updates == 3
+    assert result.updates == 5
     assert result.checkpoint is not None
-    assert result.checkpoint.name == "step-00000003"
+    assert result.checkpoint.name == "step-00000005"
 
 
 def test_a_run_that_lost_patience_is_over_when_resumed(
