@@ -221,7 +221,7 @@ class CausalLMPolicy(Backbone):
             batch: Sequences [B, T] with their action tokens (`row` [M], `col` [M]).
             entropy: Whether to compute the entropy.
             entropy_gradient: Whether the entropy is differentiable; one that is only logged need
-                not be, and costs no memory then.
+                not be, and keeps nothing for the backward pass then.
 
         Returns:
             Log-probability, value and entropy of each action token.

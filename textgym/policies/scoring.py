@@ -40,8 +40,8 @@ def score_tokens(
         action: int64 [M].
         action_mask: Bool [M, V] or None.
         entropy: Whether to compute the entropy (exact, over the whole vocabulary).
-        entropy_gradient: Whether it is differentiable; without, it saves nothing for the backward
-            pass, which costs a second [m, V] tensor otherwise.
+        entropy_gradient: Whether it is differentiable; without, it keeps nothing for the backward
+            pass, where it would keep a second [m, V] tensor.
         chunk: Number of tokens whose logits exist at once.
 
     Returns:
