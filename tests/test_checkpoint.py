@@ -213,16 +213,19 @@ def child():
         state = {"step": step, "moments": torch.full((20_000,), float(step))}
         save_checkpoint(folder, step=step, write=write, state=state, keep=1, best=step % 3 == 0)
 
-seen, halves = 0, 0
-for _ in range(40):
+seen, halves, kills, longest = 0, 0, 0, 0.06
+while kills < 40 or ((seen <= 5 or halves <= 5) and kills < 400):
+    kills += 1
     pid = os.fork()
     if not pid:
         child()
-    time.sleep(random.uniform(0.0, 0.06))
+    time.sleep(random.uniform(0.0, longest))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     halves += any(name.startswith(".") for name in os.listdir(folder)) if folder.exists() else 0
     last = latest_checkpoint(folder)
+    if last is None or read_meta(last)["step"] == seen:  # a busy machine: give the next one longer
+        longest = min(2.0, 1.1 * longest)
     if last is None:
         assert seen == 0
         continue
