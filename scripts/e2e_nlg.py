@@ -77,10 +77,9 @@ def sft(args: Args) -> list[str]:
 
 def sft_longer(args: Args) -> list[str]:
     """SFT that goes on for as long as the slowest RL run took, its checkpoint chosen likewise."""
-    folders = [args.out / name for name in names(args)]
-    seconds = max((trained_seconds(f) for f in folders if (f / "report.json").exists()), default=0)
-    speed = [m["time/tokens_per_s"] for m in read_metrics(args.out / "sft") if m["step"] > 1]
-    tokens = max(1, round(seconds * mean(speed)))
+    seconds = max((trained_seconds(args.out / folder) for folder in names(args)), default=0.0)
+    first = args.out / "sft"
+    tokens = round(seconds * report(first)["total_tokens"] / trained_seconds(first))
     numbers = f"--total-tokens {tokens} --lr 2e-4 --batch-size 32 --microbatch 16"
     chosen = "--select reward --eval-every 20 --eval-episodes 99 --report-prompts 64"
     where = ["--model", str(args.out / "sft"), "--folder", str(args.out / "sft-longer")]
@@ -121,10 +120,18 @@ def names(args: Args) -> list[str]:
     return [name(*kind, seed) for seed in range(args.seeds) for kind in kinds]
 
 
+def report(folder: Path) -> dict[str, Any]:
+    """What `textgym train` wrote at the end of a run."""
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
 def trained_seconds(folder: Path) -> float:
-    """Seconds that a run sampled and trained."""
-    lines = read_metrics(folder)
-    return sum((m.get("time/rollout_s") or 0.0) + (m.get("time/train_s") or 0.0) for m in lines)
+    """CPU seconds that a finished run sampled and trained; 0 for one that has not finished."""
+    if not (folder / "report.json").exists():
+        return 0.0
+    took: dict[str, float] = report(folder)["train_seconds"]
+    return next(iter(took.values()))
 
 
 def run(args: Args, command: Sequence[str], done: Path) -> None:
