@@ -19,6 +19,7 @@ def random_causal_lm(
     num_kv_heads: int | None = None,
     intermediate_size: int | None = None,
     max_positions: int = 128,
+    initializer_range: float = 0.02,
     family: Literal["llama", "gpt2"] = "llama",
     seed: int = 0,
 ) -> PreTrainedModel:
@@ -33,6 +34,8 @@ def random_causal_lm(
         intermediate_size: Width of the feed-forward layer; default 8/3 (Llama) or 4 (GPT-2) times
             `hidden_size`.
         max_positions: Longest sequence.
+        initializer_range: Standard deviation of the weights; larger in a narrow model, or attention
+            hardly depends on the tokens at first and what it should look at is learned slowly.
         family: `"llama"` or `"gpt2"`.
         seed: Seed of the weights. torch's global generators are left as they were.
 
@@ -61,6 +64,7 @@ def random_causal_lm(
                     num_attention_heads=num_heads,
                     num_key_value_heads=num_kv_heads or num_heads,
                     max_position_embeddings=max_positions,
+                    initializer_range=initializer_range,
                     tie_word_embeddings=True,
                     **no_special_ids,
                 )
@@ -78,6 +82,7 @@ def random_causal_lm(
                     n_layer=num_layers,
                     n_head=num_heads,
                     n_positions=max_positions,
+                    initializer_range=initializer_range,
                     tie_word_embeddings=True,
                     **no_special_ids,
                 )
