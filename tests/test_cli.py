@@ -16,7 +16,6 @@ from textgym.cli import COMMANDS, main
 from textgym.commands.errors import UsageError
 from textgym.commands.listing import agent_modules
 from textgym.commands.measure import Measured
-from textgym.commands.models import find_model
 from textgym.commands.options import OPTIONS, parse
 from textgym.commands.play import Game, PlayArgs
 from textgym.commands.report import as_json, counted, metrics_table, summary
@@ -102,14 +101,6 @@ def test_train_writes_a_run_that_eval_scores(capsys: pytest.CaptureFixture[str])
     # The run brought its reference: KL is to the model that it started from.
     assert scored["metrics"]["sampled"]["kl"]["value"] > 0.0
     assert json.loads(Path("scores.json").read_text())["metrics"] == scored["metrics"]
-
-
-def test_a_mistyped_run_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no model folder runs/mien; did you mean runs/mine"):
-        find_model("runs/mien")
-    assert find_model("owner/name") == "owner/name"
-    assert find_model("gpt2") == "gpt2"
 
 
 def test_one_prompt_has_no_interval() -> None:
@@ -201,7 +192,8 @@ def test_rl_is_compared_with_sft_for_equal_time(
         (["--prompts", "pairs.csv", "--prompt-column", "mrr"], "did you mean 'mr'"),
         (["--prompts", "pairs.csv", "--prompt-column", "mr"], "need a reward"),
         (["--env", "TextGen-v0"], "go together"),
-        (["--test-prompts", "pairs.csv"], "needs --prompts"),
+        (["--test-prompts", "pairs.csv"], "--test-prompts needs --prompts"),
+        (["--validation-prompts", "pairs.csv"], "--validation-prompts needs --prompts"),
         (["--reward", "0.5*blue"], "bleu"),
         (["--reward", "no_such_module:score"], "no_such_module"),
         (["--agent", "sft"], "use `textgym sft`"),
@@ -233,6 +225,25 @@ def test_splits_of_ones_own_prompts_share_nothing(table: Path) -> None:
     assert len(set.union(*prompts)) == 20
     spaces = {str(maker.single(s).observation_space) for s in ("train", "validation", "test")}
     assert len(spaces) == 1
+
+
+def test_validation_and_test_can_be_files_of_their_own(table: Path, tmp_path: Path) -> None:
+    others = {}
+    for split, count in (("validation", 3), ("test", 2)):
+        others[split] = str(tmp_path / f"{split}.csv")
+        lines = [f"{split} {i},text" for i in range(count)]
+        Path(others[split]).write_text("\n".join(["mr,ref", *lines]), encoding="utf-8")
+    args = TaskArgs(
+        prompts=str(table),
+        prompt_column="mr",
+        reference_column="ref",
+        validation_prompts=others["validation"],
+        test_prompts=others["test"],
+    )
+    tables = TaskMaker(args).tables
+    assert tables is not None
+    assert [len(part) for part in tables] == [20, 3, 2]  # all of --prompts is trained on
+    assert tables[1][0]["prompt"] == "validation 0"
 
 
 # ------------------------------------------------------------------------------------ play

@@ -12,13 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
+from textgym.agents import REINFORCE, REINFORCEConfig
 from textgym.episodes import SequenceBatch
 from textgym.policies import CausalLMPolicy, random_causal_lm
-from textgym.policies.loading import resolve_device
+from textgym.policies.loading import find_model, resolve_device
 
 VOCAB = 61
 OBS = {
@@ -271,6 +273,29 @@ class TestFiles:
         assert CausalLMPolicy(tmp_path, device="cpu").model.dtype == torch.float32
         half = CausalLMPolicy.from_pretrained(str(tmp_path), device="cpu", dtype="bfloat16")
         assert half.model.dtype == torch.bfloat16
+
+    def test_the_folder_of_a_run_is_its_newest_policy(self, tmp_path: Path) -> None:
+        envs = gym.make_vec("textgym/Bandit-v0", 4, autoreset_mode="Disabled")
+        policy = CausalLMPolicy(random_causal_lm(envs.single_action_space.n), temperature=2.0)
+        config = REINFORCEConfig(episodes=4, baseline="learned", checkpoint_every=1)
+        REINFORCE(policy, envs, config, folder=tmp_path / "run").learn(4, quiet=True)
+        loaded = CausalLMPolicy.from_pretrained(tmp_path / "run", device="cpu")
+        for name, weight in policy.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], weight), name
+        assert loaded.temperature == 2.0
+
+    def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(self, tmp_path: Path) -> None:
+        (tmp_path / "runs" / "mine" / "checkpoints").mkdir(parents=True)
+        (tmp_path / "nothing").mkdir()
+        hint = "no model folder .*mien; did you mean .*runs/mine"
+        for load in (CausalLMPolicy, CausalLMPolicy.from_pretrained):
+            with pytest.raises(ValueError, match=hint):
+                load(tmp_path / "runs" / "mien")
+            with pytest.raises(ValueError, match="neither a model"):
+                load(tmp_path / "nothing")
+            with pytest.raises(ValueError, match="holds no checkpoint"):
+                load(tmp_path / "runs" / "mine")
+        assert [find_model(name) for name in ("owner/name", "gpt2")] == ["owner/name", "gpt2"]
 
 
 class TestLora:

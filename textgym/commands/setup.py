@@ -14,7 +14,7 @@ import tyro
 from gymnasium.envs.registration import load_env_creator
 
 from textgym.commands.errors import UsageError
-from textgym.commands.models import RANDOM, find_model
+from textgym.commands.models import RANDOM
 from textgym.prompts import Prompts, link
 from textgym.registry import ENVIRONMENTS
 from textgym.rewards import Reward, Schedule, parse_reward
@@ -45,6 +45,8 @@ class TaskArgs:
     """Column of the references; rows with one prompt become one prompt with several references."""
     template: str | None = None
     """How a prompt is written from the columns, for example "{mr}\\n"; backslash escapes count."""
+    validation_prompts: str | None = None
+    """A file like --prompts to choose the best checkpoint on; default is a share of --prompts."""
     test_prompts: str | None = None
     """A file like --prompts to report on; default is a share of --prompts."""
     holdout: float = 0.1
@@ -87,17 +89,21 @@ def load_tables(args: TaskArgs) -> tuple[Prompts, Prompts, Prompts] | None:
         ValueError, OSError: A file is not there or is broken, or a column is missing.
     """
     if args.prompts is None:
-        if args.test_prompts is not None:
-            raise UsageError("--test-prompts needs --prompts")
+        for option in ("validation_prompts", "test_prompts"):
+            if getattr(args, option) is not None:
+                raise UsageError(f"--{option.replace('_', '-')} needs --prompts")
         return None
-    rest = _table(args.prompts, args)
-    if args.test_prompts is None:
-        rest, test = rest.split(args.holdout, seed=args.split_seed)
-    else:
-        test = _table(args.test_prompts, args)
-    train, validation = rest.split(args.holdout, seed=args.split_seed)
+    train, test = _set_aside(_table(args.prompts, args), args.test_prompts, args)
+    train, validation = _set_aside(train, args.validation_prompts, args)
     link(train, validation, test)
     return train, validation, test
+
+
+def _set_aside(table: Prompts, source: str | None, args: TaskArgs) -> tuple[Prompts, Prompts]:
+    """A table and what is kept from it: the prompts of another file, or a share of its own."""
+    if source is None:
+        return table.split(args.holdout, seed=args.split_seed)
+    return table, _table(source, args)
 
 
 def _table(source: str, args: TaskArgs) -> Prompts:
@@ -143,6 +149,8 @@ class TaskMaker:
         self.knobs |= {name: value for name, value in given.items() if value is not None}
         self.model = args.model or default_model(self.id)
         if self.model not in (EMBEDDED, RANDOM) and takes_tokenizer(self.id):
+            from textgym.policies.loading import find_model
+
             self.knobs.setdefault("tokenizer", find_model(self.model))
 
     def arguments(self, split: Split) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from textgym import streams
 from textgym.policies.backbone import Backbone
 from textgym.policies.generation import write_responses
-from textgym.policies.loading import is_lora, without_adapters
+from textgym.policies.loading import find_model, is_lora, without_adapters
 from textgym.policies.observation import (
     check_context,
     read_observation,
@@ -389,7 +389,8 @@ class CausalLMPolicy(Backbone):
         """Load what `save_pretrained` wrote, or any causal LM.
 
         Args:
-            folder: A folder of `save_pretrained`, or a plain model's folder or hub name.
+            folder: A folder of `save_pretrained` or of a run (its best checkpoint), a plain model's
+                folder or hub name, or "embedded".
             device: As in the constructor.
             dtype: As in the constructor; None loads float32.
             lora: Adapters to add, as in the constructor.
@@ -397,7 +398,12 @@ class CausalLMPolicy(Backbone):
                 else starts at zero.
             **settings: Constructor arguments that replace the saved ones (`temperature`, `sampler`,
                 `top_k`, `top_p`, `seed`, `vocab_size`, `logit_chunk`).
+
+        Raises:
+            ValueError: There is no such folder, or it holds neither a model nor a run.
+            OSError: There is no such model.
         """
+        folder = find_model(str(folder))
         settings = {**read_settings(folder), **settings}
         policy = cls(
             folder, device=device, dtype=dtype, lora=lora, value_head=value_head, **settings

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from textgym.checkpoint import best_checkpoint, latest_checkpoint
+from textgym.tokens import EMBEDDED, assets_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,21 +47,71 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def find_model(name: str) -> str:
+    """Folder or hub name that transformers can load.
+
+    Args:
+        name: A folder or hub name, `"embedded"`, the folder of a run (its best checkpoint, else its
+            newest), or a checkpoint.
+
+    Raises:
+        ValueError: The folder is none of these, or the name can only be that of a folder and there
+            is none.
+    """
+    if name == EMBEDDED:
+        return str(assets_folder())
+    folder = Path(name)
+    if (folder / "checkpoints").is_dir():
+        checkpoints = folder / "checkpoints"
+        found = best_checkpoint(checkpoints) or latest_checkpoint(checkpoints)
+        if found is None:
+            raise ValueError(f"the run in {folder} holds no checkpoint")
+        folder = found
+    if (folder / "policy").is_dir():
+        folder = folder / "policy"
+    if folder.is_dir():
+        if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+            raise ValueError(f"the folder {name} holds neither a model (config.json) nor a run")
+        return str(folder)
+    _check_hub_name(name)
+    return name
+
+
+def _check_hub_name(name: str) -> None:
+    """Say that a folder is missing before the hub is asked for it, which takes long offline."""
+    folder = Path(name)
+    parent = folder.parent
+    siblings = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    beside_runs = any((parent / sibling / "checkpoints").is_dir() for sibling in siblings)
+    if name[:1] not in (".", "/", "~") and (
+        len(folder.parts) == 1 or (len(folder.parts) == 2 and not beside_runs)
+    ):
+        return
+    near = difflib.get_close_matches(folder.name, siblings, n=1)
+    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    raise ValueError(f"there is no model folder {name}{hint}")
+
+
 def load_model(
     source: PreTrainedModel | str | Path, device: torch.device, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """Give the model on its device, in eval mode.
 
     Args:
-        source: A model object (moved in place), a folder or a hub name.
+        source: A model object (moved in place), or a name as in `find_model`.
         device: Where it is to live.
         dtype: Of the weights. None keeps an object's own and loads a folder as float32, because a
             training step of usual size is lost in the rounding of bfloat16 weights.
+
+    Raises:
+        ValueError: There is no such folder.
+        OSError: There is no such model.
     """
     if isinstance(source, str | Path):
         from transformers import AutoModelForCausalLM
 
-        source = AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype or torch.float32)
+        name = find_model(str(source))
+        source = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or torch.float32)
     model: Any = source
     model.to(device=device, dtype=dtype)
     model.eval()
