@@ -132,7 +132,7 @@ def value_of(option: str, arguments: Sequence[str]) -> str | None:
 def plain(options: Any) -> dict[str, Any]:
     """A dataclass as JSON values that do not depend on the working directory."""
     values = dataclasses.asdict(options)
-    for name in ("prompts", "test_prompts", "model"):
+    for name in ("prompts", "validation_prompts", "test_prompts", "model"):
         value = values.get(name)
         if isinstance(value, str) and Path(value).exists():
             values[name] = str(Path(value).resolve())
