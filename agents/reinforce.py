@@ -47,6 +47,7 @@ from textgym.returns import (
     MovingAverageBaseline,
     discounted_returns,
     explained_variance,
+    leave_one_out,
     whiten,
 )
 from textgym.rollout import PromptQueue, collect
@@ -93,8 +94,9 @@ class REINFORCEConfig:
     """Decoupled weight decay."""
     microbatch: int | None = None
     """Sequences in one forward; None: all. Changes memory, not results."""
-    baseline: Literal["none", "moving_average", "learned"] = "moving_average"
-    """What is subtracted from returns: nothing, their running mean, or the value head."""
+    baseline: Literal["none", "moving_average", "learned", "group"] = "moving_average"
+    """What is subtracted from returns: nothing, their running mean, the value head, or the mean
+    return of the other episodes of the group (`group_size` of at least 2)."""
     baseline_decay: float = 0.9
     """Share of the old mean in the running mean, per update."""
     vf_coef: float = 0.1
@@ -135,6 +137,10 @@ class REINFORCEConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that could not be trained with."""
         check_rl_config(self)
+        if self.baseline == "group" and self.group_size < 2:
+            raise ValueError(
+                f"baseline='group' needs a group_size of at least 2, got {self.group_size}"
+            )
 
 
 class REINFORCE:
@@ -299,6 +305,10 @@ class REINFORCE:
         elif cfg.baseline == "learned":
             metrics["value/explained_variance"] = explained_variance(values, returns, token_weight)
             advantages = returns - values
+        elif cfg.baseline == "group":
+            whole = returns[episodes.offsets[:-1]]
+            others = leave_one_out(whole, cfg.group_size, weights)
+            advantages = returns - np.repeat(others, episodes.lengths)
         else:
             advantages = returns
         if cfg.whiten:

@@ -294,6 +294,39 @@ class MovingAverageBaseline:
         self.updates = int(state["updates"])
 
 
+def leave_one_out(returns: Any, group_size: int, weights: Any | None = None) -> FloatArray:
+    """Mean return of the other episodes of each episode's group, as its baseline.
+
+        b_i = sum_j w_j G_j / sum_j w_j    over the group of i, without i
+
+    It depends on none of the actions that it judges, so it adds no bias (Kool, van Hoof & Welling
+    2019, "Buy 4 REINFORCE samples, get a baseline for free!", equation 8). An episode whose group
+    has no other of any weight is judged by the rest of the batch.
+
+    Args:
+        returns: [B], of episodes whose groups lie one after another.
+        group_size: Episodes of a group, at least 2.
+        weights: [B], at least 0; episodes of weight 0 (unscored) do not count.
+
+    Returns:
+        float64 [B]; 0 where no other episode has any weight.
+
+    Raises:
+        ValueError: If B is no multiple of `group_size`, shapes differ, or a return is not finite.
+    """
+    w = np.ones(len(returns)) if weights is None else check_vector("weights", weights, len(returns))
+    g = w * check_vector("returns", np.where(w > 0, returns, 0.0))
+    if group_size < 2 or len(g) % group_size:
+        raise ValueError(
+            f"group_size must be at least 2 and divide the episodes, got {group_size} for {len(g)}"
+        )
+    groups = (x.reshape(-1, group_size) for x in (g, w))
+    totals, shares = ((x.sum(axis=1, keepdims=True) - x).reshape(-1) for x in groups)
+    alone = shares <= 0
+    totals[alone], shares[alone] = (g.sum() - g)[alone], (w.sum() - w)[alone]
+    return np.divide(totals, shares, out=np.zeros_like(totals), where=shares > 0)
+
+
 def episode_sums(values: Any, offsets: Any) -> FloatArray:
     """Sum [M] token values within each episode: float64 [B], 0 for an episode without actions."""
     v = np.asarray(values, np.float64)

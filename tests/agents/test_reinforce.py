@@ -16,9 +16,9 @@ def parameters(policy: Any) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in policy.parameters()])
 
 
-@pytest.mark.parametrize("baseline", ["none", "moving_average", "learned"])
+@pytest.mark.parametrize("baseline", ["none", "moving_average", "learned", "group"])
 def test_it_learns(make_envs: Any, make_policy: Any, baseline: Any) -> None:
-    config = dataclasses.replace(FAST, baseline=baseline)
+    config = dataclasses.replace(FAST, baseline=baseline, group_size=4)
     agent = REINFORCE(make_policy(), make_envs(), config)
     history = agent.learn(6000, quiet=True).history
     assert history[0]["rollout/reward_mean"] < 0.4
@@ -74,6 +74,11 @@ def test_the_advantage_can_be_replaced(make_envs: Any, make_policy: Any) -> None
     history = agent.learn(6000, quiet=True).history
     assert history[-1]["rollout/reward_mean"] > 0.8
     assert "baseline/value" not in history[-1]
+
+
+def test_a_group_baseline_needs_groups() -> None:
+    with pytest.raises(ValueError, match="needs a group_size of at least 2, got 1"):
+        REINFORCEConfig(baseline="group")
 
 
 def test_a_learned_baseline_needs_a_value_head(make_envs: Any, make_policy: Any) -> None:
