@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import e2e_data
 import matplotlib
 import tyro
 
@@ -44,7 +45,7 @@ class Args:
     """Where everything goes."""
     seeds: int = 5
     """Seeds of every RL run: 0, 1, ..."""
-    total_tokens: int = 40_000
+    total_tokens: int = 120_000
     """Action tokens of an RL run."""
     jobs: int = 2
     """Commands at a time."""
@@ -55,12 +56,12 @@ class Args:
 def task(args: Args, reward: str) -> list[str]:
     """Options that all commands share."""
     options = {
-        "--prompts": args.data / "devset.csv",
-        "--test-prompts": args.data / "testset_w_refs.csv",
+        "--prompts": args.out / "data" / "train.csv",
+        "--validation-prompts": args.out / "data" / "validation.csv",
+        "--test-prompts": args.out / "data" / "test.csv",
         "--prompt-column": "mr",
         "--reference-column": "ref",
         "--template": "{mr} =>",
-        "--holdout": 0.18,
         "--max-new-tokens": 64,
         "--reward": REWARDS[reward],
     }
@@ -69,8 +70,8 @@ def task(args: Args, reward: str) -> list[str]:
 
 def sft(args: Args) -> list[str]:
     """The start of every RL run."""
-    numbers = "--epochs 2 --lr 5e-4 --warmup-updates 10 --batch-size 32 --microbatch 16"
-    chosen = "--select reward --eval-every 40 --eval-episodes 99 --report-prompts 64"
+    numbers = "--epochs 3 --lr 3e-4 --warmup-updates 20 --batch-size 32 --microbatch 16"
+    chosen = "--eval-every 60 --eval-episodes 110 --report-prompts 64"
     where = ["--model", str(args.model), "--folder", str(args.out / "sft")]
     return ["sft", *where, *task(args, "bleu"), *f"{numbers} {chosen}".split()]
 
@@ -81,7 +82,7 @@ def sft_longer(args: Args) -> list[str]:
     first = args.out / "sft"
     tokens = round(seconds * report(first)["total_tokens"] / trained_seconds(first))
     numbers = f"--total-tokens {tokens} --lr 2e-4 --batch-size 32 --microbatch 16"
-    chosen = "--select reward --eval-every 20 --eval-episodes 99 --report-prompts 64"
+    chosen = "--select reward --eval-every 20 --eval-episodes 330 --report-prompts 64"
     where = ["--model", str(args.out / "sft"), "--folder", str(args.out / "sft-longer")]
     return ["sft", *where, *task(args, "bleu"), *f"{numbers} {chosen}".split()]
 
@@ -89,13 +90,13 @@ def sft_longer(args: Args) -> list[str]:
 def rl(args: Args, agent: str, reward: str, seed: int) -> list[str]:
     """One RL run."""
     numbers = {
-        "ppo": "--lr 3e-5 --epochs 2 --minibatches 2",
-        "reinforce": "--lr 5e-5 --baseline learned --whiten",
+        "ppo": "--lr 5e-5 --epochs 1 --minibatches 4",
+        "reinforce": "--lr 5e-5 --baseline group --group-size 8 --whiten",
     }[agent]
     common = (
         f"--seed {seed} --total-tokens {args.total_tokens} --episodes 64 --microbatch 16 "
-        "--warmup-updates 3 --kl-coef 0.005 --exact-kl-episodes 8 --eval-every 5 "
-        "--eval-episodes 99 --report-prompts 64 --checkpoint-every 5 --sft-baseline False"
+        "--warmup-updates 3 --lr-final 0.1 --kl-coef 0.01 --exact-kl-episodes 8 "
+        "--eval-episodes 110 --report-prompts 64 --sft-baseline False"
     )
     folder = args.out / name(agent, reward, seed)
     where = ["--model", str(args.out / "sft"), "--folder", str(folder)]
@@ -183,7 +184,7 @@ def metrics_of(args: Args, folder: str, column: str, prompts: Prompts) -> dict[s
 
 def table(args: Args) -> None:
     """Print the results of everything that is done as Markdown."""
-    prompts = Prompts.load(args.data / "testset_w_refs.csv", prompt="mr", references="ref")
+    prompts = Prompts.load(args.out / "data" / "test.csv", prompt="mr", references="ref")
     done = [n for n in names(args) if (args.out / n / "test.json").exists()]
     groups: dict[str, list[str]] = {"sft": ["sft"], "sft-longer": ["sft-longer"]}
     for folder in done:
@@ -253,6 +254,7 @@ def plot(args: Args, groups: dict[str, list[str]]) -> None:
 def main(args: Args) -> None:
     """Run what is not done, then print the table."""
     if not args.table:
+        e2e_data.prepare(args.data, args.out / "data")
         run_and_test(args, sft(args), "sft")
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = []
