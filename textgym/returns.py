@@ -324,7 +324,9 @@ def leave_one_out(returns: Any, group_size: int, weights: Any | None = None) -> 
     totals, shares = ((x.sum(axis=1, keepdims=True) - x).reshape(-1) for x in groups)
     alone = shares <= 0
     totals[alone], shares[alone] = (g.sum() - g)[alone], (w.sum() - w)[alone]
-    return np.divide(totals, shares, out=np.zeros_like(totals), where=shares > 0)
+    baseline: FloatArray = np.zeros_like(totals)
+    np.divide(totals, shares, out=baseline, where=shares > 0)
+    return baseline
 
 
 def episode_sums(values: Any, offsets: Any) -> FloatArray:
