@@ -47,7 +47,7 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     Args:
         task: What is played. Environments of the suite leave it out: their class names `make_task`.
         render_mode: `"ansi"`: `render()` returns prompt, response so far and reward as a string.
-            `"human"`: tokens are printed as they come.
+            `"human"`: tokens are printed as they come. `"rgb_array"`: nothing is drawn.
         **knobs: Arguments of the class's `make_task`.
 
     Raises:
@@ -62,7 +62,8 @@ class TextGenEnv(gym.Env[Observation, np.int64]):
     def __init__(
         self, task: Task | None = None, *, render_mode: str | None = None, **knobs: Any
     ) -> None:
-        check_render_mode(render_mode, self.metadata["render_modes"])
+        # stable-baselines3 asks for pictures of what it makes from an id: there are none.
+        check_render_mode(render_mode, [*self.metadata["render_modes"], "rgb_array"])
         task = self.task = task_of(type(self).make_task, task, knobs)
         self.render_mode = render_mode
         self.observation_space = cast("spaces.Space[Observation]", task.observation_space())

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from textgym.vector import TextGenVectorEnv
 
 
+UNSCORED_LIMIT = 0.2
+"""Share of a batch's episodes above which training stops for want of scores."""
+
+
 class UnscoredError(RuntimeError):
     """Too many episodes of a batch have no score. The message holds the first traceback."""
 
@@ -92,7 +96,7 @@ def check_setup(
         raise ValueError("this agent learns values: make the policy with value_head=True")
 
 
-def check_scored(episodes: Episodes, limit: float = 0.2) -> None:
+def check_scored(episodes: Episodes, limit: float = UNSCORED_LIMIT) -> None:
     """Stop when more than `limit` of a batch has no score.
 
     Raises:

@@ -95,6 +95,11 @@ class Backbone(nn.Module):
         return self.model.get_base_model() if is_lora(self.model) else self.model
 
     @property
+    def config(self) -> Any:
+        """Configuration of the Hugging Face model."""
+        return self._core.config
+
+    @property
     def device(self) -> torch.device:
         """Where the model lives."""
         device: torch.device = self._core.device

@@ -126,6 +126,7 @@ class CausalLMPolicy(Backbone):
         *,
         rows: ArrayLike | None = None,
         action_mask: NDArray[np.bool_] | Tensor | None = None,
+        deterministic: bool = False,
     ) -> ActResult:
         """Draw one token for each row of an observation.
 
@@ -136,6 +137,7 @@ class CausalLMPolicy(Backbone):
             rows: int [n], the slots of the cache that these rows use; default 0 to n - 1. Rows that
                 have finished are left out and cost nothing.
             action_mask: Bool [n, V], True where the token is allowed.
+            deterministic: Take the most likely token, whatever the sampler.
 
         Returns:
             Tokens, log-probabilities and values. The same key (policy seed, stream, sample index,
@@ -154,7 +156,8 @@ class CausalLMPolicy(Backbone):
         with torch.inference_mode(), self._forward_mode():
             hidden = self._hidden_last(ids, length, slots)
             keys = torch.from_numpy(key.view(np.int64)).to(hidden.device)
-            drawn = to_host([self._draw(hidden, keys, self._mask(action_mask))])
+            sampler = Sampler("greedy", self.temperature) if deterministic else self.sampler
+            drawn = to_host([self._draw(hidden, keys, self._mask(action_mask), sampler)])
         return ActResult(drawn.action[0], drawn.logprob[0], drawn.value[0])
 
     def generate(
@@ -193,10 +196,12 @@ class CausalLMPolicy(Backbone):
                 self._mask(action_mask),
             )
 
-    def _draw(self, hidden: Tensor, key: Tensor, mask: Tensor | None) -> Drawn:
+    def _draw(
+        self, hidden: Tensor, key: Tensor, mask: Tensor | None, sampler: Sampler | None = None
+    ) -> Drawn:
         """Draw from the distribution after each hidden state [n, D], with keys int64 [n]."""
         logits = mask_logits(self._logits(hidden), mask)
-        action, logprob = draw(logits, key, self.sampler)
+        action, logprob = draw(logits, key, sampler or self.sampler)
         value = self._values(hidden)
         return Drawn(action, logprob, torch.zeros_like(logprob) if value is None else value)
 
@@ -211,6 +216,46 @@ class CausalLMPolicy(Backbone):
         return torch.as_tensor(action_mask, device=self.device).bool()
 
     # ---------------------------------------------------------------- scoring
+
+    def logits(
+        self, where: Mapping[str, Any] | SequenceBatch, *, rows: ArrayLike | None = None
+    ) -> Tensor:
+        """Tempered logits of states, float32 [n, V].
+
+        Args:
+            where: An observation as in `act` (through the cache, without gradient), or sequences
+                as in `evaluate`: the states in which their action tokens were drawn
+                (differentiable; all [M, V] logits exist at once).
+            rows: As in `act`, for an observation.
+        """
+        with self._forward_mode():
+            return self._logits(self._states(where, rows))
+
+    def values(
+        self, where: Mapping[str, Any] | SequenceBatch, *, rows: ArrayLike | None = None
+    ) -> Tensor:
+        """Values of states, float32 [n].
+
+        Args:
+            where: As in `logits`.
+            rows: As in `act`, for an observation.
+
+        Raises:
+            ValueError: The policy has no value head.
+        """
+        with self._forward_mode():
+            found = self._values(self._states(where, rows))
+        if found is None:
+            raise ValueError("this policy has no value head: make it with value_head=True")
+        return found
+
+    def _states(self, where: Mapping[str, Any] | SequenceBatch, rows: ArrayLike | None) -> Tensor:
+        """Hidden states [n, D] of an observation, or [M, D] of the decisions in sequences."""
+        if not isinstance(where, Mapping):
+            return self._decisions(where)[0]
+        ids, length = self._read(where)
+        with torch.no_grad():
+            return self._hidden_last(ids, length, read_rows(rows, len(ids)))
 
     def evaluate(
         self, batch: SequenceBatch, *, entropy: bool = True, entropy_gradient: bool = True

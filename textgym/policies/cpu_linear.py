@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 SMALLEST = 1 << 26
 """Multiplications of a product that is worth it: oneDNN writes code for a new shape (0.5 ms)."""
@@ -42,14 +41,15 @@ class _Product(torch.autograd.Function):
         return _times_transposed(rows, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         gradient = gradient.contiguous()  # that of a sum has strides 0, which takes oneDNN minutes
-        of_rows = _times_transposed(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        # Under create_graph the gradient gets one of its own (TRPO's Hessian-vector products).
+        product = _Product.apply if torch.is_grad_enabled() else _times_transposed
+        of_rows = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:  # in this order it takes two thirds of the other's time
-            of_weight = _times_transposed(rows.t(), gradient.t()).t()
+            of_weight = product(rows.t(), gradient.t()).t()
         return of_rows, of_weight
 
 
