@@ -1,18 +1,21 @@
-"""Views that some users expect: text, an attention mask, the action mask in the info."""
+"""Views that some users expect: text, an attention mask, the action mask; and what sets masks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
+from numpy.typing import NDArray
 
 from textgym.env import Observation
 from textgym.task import positive
 
 Env = gym.Env[Observation, np.int64]
+Bools = NDArray[np.bool_]
 
 _PRINTABLE = frozenset(chr(c) for c in range(32, 0x3000)) | {"\n", "\t"}
 
@@ -91,3 +94,100 @@ class ActionMaskInfo(
 
     def _mask(self) -> Any:
         return self.get_wrapper_attr("action_masks")().astype(np.int8)
+
+
+class AllowedTokens(
+    gym.Wrapper[Observation, np.int64, Observation, np.int64], RecordConstructorArgs
+):
+    """Allow a part of the vocabulary only: `action_masks()` is False elsewhere.
+
+    For agents that obey masks (`MaskablePPO`, `collect`); the environment itself refuses no token.
+    `textgym.vector_wrappers` has the same for vector environments.
+
+    Args:
+        env: An environment of textgym.
+        ids: Allowed token ids; a stop id should be among them.
+
+    Raises:
+        ValueError: `ids` is empty, or holds one outside the vocabulary.
+    """
+
+    masks_actions = True
+
+    def __init__(self, env: Env, ids: Iterable[int]) -> None:
+        chosen = sorted({int(i) for i in ids})
+        RecordConstructorArgs.__init__(self, ids=chosen)
+        super().__init__(env)
+        self.allowed = allowed_tokens(chosen, env.get_wrapper_attr("task").vocab_size)
+
+    def action_masks(self) -> Bools:
+        """Allowed actions, bool `[V]`."""
+        inner: Bools = self.env.get_wrapper_attr("action_masks")()
+        return inner & self.allowed
+
+
+class ForcedPrefix(
+    gym.Wrapper[Observation, np.int64, Observation, np.int64], RecordConstructorArgs
+):
+    """Have every response begin with given tokens: the mask allows each of them alone, in turn.
+
+    Args:
+        env: An environment of textgym.
+        prefix: Token ids, or text that the environment's tokenizer encodes.
+
+    Raises:
+        ValueError: The prefix is empty, longer than a response may be, or outside the vocabulary.
+    """
+
+    masks_actions = True
+
+    def __init__(self, env: Env, prefix: str | Iterable[int]) -> None:
+        self.prefix = prefix_tokens(prefix, env.get_wrapper_attr("task"))
+        RecordConstructorArgs.__init__(self, prefix=self.prefix)
+        super().__init__(env)
+
+    def action_masks(self) -> Bools:
+        """Allowed actions, bool `[V]`."""
+        inner: Bools = self.env.get_wrapper_attr("action_masks")()
+        written = int(self.get_wrapper_attr("mdp").steps[0])
+        return inner if written >= len(self.prefix) else only(self.prefix[written], inner)
+
+
+def allowed_tokens(ids: Iterable[int], vocab_size: int) -> Bools:
+    """Mask [V] that allows some ids.
+
+    Raises:
+        ValueError: There are none, or one is outside the vocabulary.
+    """
+    chosen = list(ids)
+    bad = [i for i in chosen if not 0 <= i < vocab_size]
+    if not chosen or bad:
+        raise ValueError(
+            f"expected token ids in 0..{vocab_size - 1}, got {bad[0] if bad else 'none'}"
+        )
+    mask = np.zeros(vocab_size, np.bool_)
+    mask[chosen] = True
+    return mask
+
+
+def prefix_tokens(prefix: str | Iterable[int], task: Any) -> list[int]:
+    """The ids of a forced prefix.
+
+    Raises:
+        ValueError: It is empty, longer than a response may be, or outside the vocabulary.
+    """
+    ids = task.tokenizer.encode_plain(prefix) if isinstance(prefix, str) else prefix
+    chosen = [int(i) for i in ids]
+    allowed_tokens(chosen, task.vocab_size)
+    if len(chosen) > task.max_new_tokens:
+        raise ValueError(
+            f"a prefix of {len(chosen)} tokens does not fit into {task.max_new_tokens} new ones"
+        )
+    return chosen
+
+
+def only(token: int, inner: Bools) -> Bools:
+    """A mask like `inner` that allows one token at most."""
+    mask = np.zeros_like(inner)
+    mask[token] = inner[token]
+    return mask
