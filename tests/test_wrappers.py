@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
+from textgym import vector_wrappers
 from textgym.env import TextGenEnv
 from textgym.mdp import Task
+from textgym.policies import CausalLMPolicy, random_causal_lm
+from textgym.rollout import collect
 from textgym.tokens import load_tokenizer, symbol_tokenizer
-from textgym.wrappers import ActionMaskInfo, AttentionMask, TextObservation
+from textgym.wrappers import (
+    ActionMaskInfo,
+    AllowedTokens,
+    AttentionMask,
+    ForcedPrefix,
+    TextObservation,
+)
 
 A, B, C, EOS, BOS = range(5)
 WRAPPERS = [TextObservation, AttentionMask, ActionMaskInfo]
@@ -104,3 +113,46 @@ def test_wrappers_stack() -> None:
     env = ActionMaskInfo(AttentionMask(gym.make("textgym/Echo-v0")))
     observation, info = env.reset(seed=0)
     assert "attention_mask" in observation and "action_mask" in info
+
+
+@pytest.mark.parametrize("num_envs", [None, 3])
+def test_masks_narrow_what_is_written(num_envs: int | None) -> None:
+    """Both at once: two tokens to begin with, then three of the vocabulary."""
+    allowed, prefix = [2, 3, 5], [5, 2]
+    if num_envs is None:
+        single = ForcedPrefix(AllowedTokens(gym.make("textgym/Echo-v0"), allowed), prefix)
+        env = ActionMaskInfo(single)
+        _, info = env.reset(seed=0)
+        for step in range(4):
+            mask = info["action_mask"]
+            assert set(np.flatnonzero(mask)) == ({prefix[step]} if step < 2 else set(allowed))
+            *_, info = env.step(env.action_space.sample(mask))  # type: ignore[call-arg]
+        return
+    envs: Any = gym.make_vec(
+        "textgym/Echo-v0",
+        num_envs,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode="Disabled",
+    )
+    masked: Any = vector_wrappers.ForcedPrefix(vector_wrappers.AllowedTokens(envs, allowed), prefix)
+    policy = CausalLMPolicy(random_causal_lm(envs.task.vocab_size), device="cpu")
+    episodes = collect(policy, masked, 6, seed=0)
+    for b in range(6):
+        written = episodes.sequence(b)[episodes.prompt_length[b] :]
+        assert written[:2].tolist() == prefix
+        assert set(written) <= set(allowed)
+    assert len({tuple(episodes.sequence(b)[-2:]) for b in range(6)}) > 1
+    scored = policy.evaluate(episodes.batch(range(6)))  # under the same masks
+    np.testing.assert_allclose(scored.logprob.detach(), episodes.logprob, atol=1e-5)
+
+
+def test_a_mask_that_cannot_be_is_refused() -> None:
+    env = gym.make("textgym/Echo-v0")
+    for ids in ([], [99], [-1]):
+        with pytest.raises(ValueError, match="expected token ids in 0"):
+            AllowedTokens(env, ids)
+    with pytest.raises(ValueError, match="5 tokens does not fit into 4 new ones"):
+        ForcedPrefix(env, [1] * 5)
+    assert ForcedPrefix(env, "a b").prefix == env.get_wrapper_attr("task").tokenizer.encode_plain(
+        "a b"
+    )

@@ -105,3 +105,19 @@ def test_subclasses_are_left_alone() -> None:
     model = nn.Sequential(Own(2, 2), nn.Linear(2, 2))
     use_onednn(model)
     assert [type(layer) for layer in model] == [Own, OneDNNLinear]
+
+
+def test_gradients_have_gradients() -> None:
+    """Hessian-vector products, as TRPO takes them, are those of PyTorch's own product."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for product in (cpu_linear._Product.apply, torch.nn.functional.linear):
+        generator.manual_seed(0)
+        rows = torch.randn(5, 7, generator=generator, requires_grad=True)
+        weight = torch.randn(3, 7, generator=generator, requires_grad=True)
+        out = product(rows, weight).tanh().pow(2).sum()
+        first = torch.autograd.grad(out, (rows, weight), create_graph=True)
+        along = sum((g * g.detach().cos()).sum() for g in first)
+        found.append([*first, *torch.autograd.grad(along, (rows, weight))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
