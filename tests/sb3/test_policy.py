@@ -71,6 +71,11 @@ def test_a_model_that_does_not_fit_is_refused(make_vec_env: Any) -> None:
             )
 
 
+def test_a_sampler_that_cannot_be_trained_with_is_refused(make_algorithm: Any) -> None:
+    with pytest.raises(ValueError, match="deterministic=True"):
+        make_algorithm(policy_kwargs={"sampler": "greedy"})
+
+
 def test_the_model_follows_from_the_spaces(make_algorithm: Any) -> None:
     def weights(seed: int) -> torch.Tensor:
         policy = make_algorithm(seed=seed).policy
@@ -99,6 +104,7 @@ def test_a_stock_buffer_works_and_is_advised_against(make_algorithm: Any) -> Non
 @pytest.mark.parametrize("name", ["PPO", "A2C", "TRPO", "MaskablePPO"])
 def test_saving_and_loading(make_algorithm: Any, tmp_path: Path, name: str) -> None:
     model = random_causal_lm(18, hidden_size=64, num_layers=2)
+    model.config.dtype = torch.bfloat16  # as of weights that were stored so
     algorithm = make_algorithm(name, policy_kwargs={"model": model}).learn(40)
     assert algorithm.policy.lm.model is model  # trained in place
     algorithm.save(tmp_path / "saved.zip")

@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from textgym.episodes import SequenceBatch
 from textgym.policies import CausalLMPolicy, random_causal_lm
+from textgym.policies.loading import resolve_dtype
 from textgym.policies.observation import check_context, read_observation
 from textgym.sampling import Method
 from textgym.sb3.buffer import SequenceObservations
@@ -54,7 +55,7 @@ class CausalLMActorCritic(BasePolicy):
         seed: Of random weights, adapters and draws; default `torch.initial_seed()`, which
             `PPO(seed=)` sets.
         temperature: As in `CausalLMPolicy`, like the next four; default: what a saved policy has.
-        sampler: `"inverse_cdf"`, `"gumbel"` or `"greedy"`.
+        sampler: `"inverse_cdf"` or `"gumbel"`.
         lora: Rank of adapters, or what `CausalLMPolicy` takes.
         dtype: Of the weights.
         logit_chunk: Tokens whose logits exist at once.
@@ -106,9 +107,10 @@ class CausalLMActorCritic(BasePolicy):
         }
         super().__init__(observation_space, action_space, lr_schedule, **others)
         self._algorithm = None if algorithm is None else weakref.ref(algorithm)
-        if algorithm is not None and "model" in algorithm.policy_kwargs:
-            # `save` writes the arguments too; the weights need not be there a second time.
-            algorithm.policy_kwargs = {**algorithm.policy_kwargs, "model": self.lm.config}
+        if algorithm is not None:
+            # `save` writes the arguments beside the weights, which need not be there twice.
+            again = {"model": self._given["model"], "dtype": self._given["dtype"]}
+            algorithm.policy_kwargs = {**algorithm.policy_kwargs, **again}
 
     def _build(self, lr_schedule: Schedule) -> None:
         """Load the model and make the optimizer."""
@@ -119,7 +121,7 @@ class CausalLMActorCritic(BasePolicy):
         if model is None:
             model = _default_model(vocab_size, columns, given["seed"])
         elif hasattr(model, "model_type"):
-            model = _random_weights(model, given["seed"])
+            model = _random_weights(model, given["seed"], given.get("dtype"))
         if isinstance(model, str | Path):
             self.lm = CausalLMPolicy.from_pretrained(
                 model, vocab_size=vocab_size, device="cpu", **given
@@ -127,7 +129,13 @@ class CausalLMActorCritic(BasePolicy):
         else:
             self.lm = CausalLMPolicy(model, vocab_size=vocab_size, device=model.device, **given)
         check_context(columns, self.lm.context_length)
+        if not self.lm.is_exact:
+            raise ValueError(
+                "training needs draws from the whole distribution, got "
+                f"{self.lm.sampler}; for greedy text use predict(..., deterministic=True)"
+            )
         self._given["model"] = self.lm.config
+        self._given["dtype"] = str(self.lm.model.dtype).removeprefix("torch.")
         self._streams = torch.Generator().manual_seed(given["seed"])
         self._rows_of_first_call = 0
         self._warned = False
@@ -330,12 +338,13 @@ def _default_model(vocab_size: int, columns: int, seed: int) -> Any:
     return random_causal_lm(vocab_size, max_positions=columns, seed=seed)
 
 
-def _random_weights(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+def _random_weights(config: PretrainedConfig, seed: int, dtype: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        made: Any = AutoModelForCausalLM
+        model = made.from_config(config, dtype=resolve_dtype(dtype) or torch.float32)
     return model.eval()  # type: ignore[no-any-return]
 
 
