@@ -41,7 +41,7 @@ def test_training_snippet_learns_something_that_transformers_loads(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    (source,) = [block for block in blocks("python") if "learn(" in block]
+    (source,) = [block for block in blocks("python") if "result = " in block]
     names: dict[str, object] = {}
     exec(compile(source, "README.md", "exec"), names)
     history = names["result"].history  # type: ignore[attr-defined]
