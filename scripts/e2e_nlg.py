@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -47,7 +48,7 @@ class Args:
     """Where everything goes."""
     seeds: int = 5
     """Seeds of every RL run: 0, 1, ..."""
-    total_tokens: int = 150_000
+    total_tokens: int = 110_000
     """Action tokens of an RL run."""
     jobs: int = 2
     """Commands at a time."""
@@ -55,25 +56,43 @@ class Args:
     """Only print the table of what is done."""
 
 
-def split(args: Args) -> None:
-    """Cut the dev inputs into `train.csv` and `validation.csv`, which share no restaurant.
+def prepare(args: Args) -> None:
+    """Write `train.csv`, `validation.csv` and `test.csv`, with inputs in plain words.
 
-    Many restaurants of the test inputs are not among the dev inputs, so what a checkpoint is chosen
-    by must not be either: the rarest names are set aside until they make up enough of the inputs.
+    Training and validation share no restaurant. Many restaurants of the test inputs are not among
+    the dev inputs, so what a checkpoint is chosen by must not be either: the rarest names are set
+    aside until they make up enough of the inputs.
     """
-    with (args.data / "devset.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
-    inputs = {mr: mr.partition("[")[2].partition("]")[0] for mr, _ in rows[1:]}
-    counts = Counter(inputs.values())
+    dev, test = (read(args.data / name) for name in ("devset.csv", "testset_w_refs.csv"))
+    names = {mr: facts["name"] for mr, facts, _ in dev}
+    counts = Counter(names.values())
     aside: set[str] = set()
     for name in sorted(counts, key=lambda name: (counts[name], name)):
-        if sum(counts[k] for k in aside) < VALIDATION * len(inputs):
+        if sum(counts[k] for k in aside) < VALIDATION * len(names):
             aside.add(name)
+    tables = {
+        "train": [row for row in dev if row[1]["name"] not in aside],
+        "validation": [row for row in dev if row[1]["name"] in aside],
+        "test": test,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
-    for table, kept in (("train", False), ("validation", True)):
-        chosen = [row for row in rows[1:] if (inputs[row[0]] in aside) == kept]
+    for table, rows in tables.items():
         with (args.out / f"{table}.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([rows[0], *chosen])
+            writer = csv.writer(file)
+            writer.writerow(["facts", "text"])
+            for _, facts, text in rows:
+                writer.writerow(["; ".join(f"{k}: {v}" for k, v in facts.items()), text])
+
+
+def read(path: Path) -> list[tuple[str, dict[str, str], str]]:
+    """Each line of a file of the challenge: the input, its facts, and what a person wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    pattern = re.compile(r"([\w ]+)\[([^\]]*)\]")
+    return [
+        (row["mr"], {k.strip(): v for k, v in pattern.findall(row["mr"])}, row["ref"])
+        for row in rows
+    ]
 
 
 def task(args: Args, reward: str) -> list[str]:
@@ -81,10 +100,10 @@ def task(args: Args, reward: str) -> list[str]:
     options = {
         "--prompts": args.out / "train.csv",
         "--validation-prompts": args.out / "validation.csv",
-        "--test-prompts": args.data / "testset_w_refs.csv",
-        "--prompt-column": "mr",
-        "--reference-column": "ref",
-        "--template": "{mr} =>",
+        "--test-prompts": args.out / "test.csv",
+        "--prompt-column": "facts",
+        "--reference-column": "text",
+        "--template": "{facts} =>",
         "--max-new-tokens": 64,
         "--reward": REWARDS[reward],
     }
@@ -113,10 +132,8 @@ def sft_longer(args: Args) -> list[str]:
 def rl(args: Args, agent: str, reward: str, seed: int) -> list[str]:
     """One RL run."""
     numbers = {
-        "ppo": "--lr 5e-5 --episodes 64 --epochs 1 --minibatches 4 --eval-every 10",
-        "reinforce": (
-            "--lr 5e-5 --episodes 32 --group-size 8 --baseline group --whiten --eval-every 20"
-        ),
+        "ppo": "--lr 5e-5 --episodes 64 --epochs 1 --minibatches 4",
+        "reinforce": "--lr 5e-5 --episodes 64 --group-size 8 --baseline group --whiten",
     }[agent]
     common = (
         f"--seed {seed} --total-tokens {args.total_tokens} --microbatch 16 "
@@ -209,7 +226,7 @@ def metrics_of(args: Args, folder: str, column: str, prompts: Prompts) -> dict[s
 
 def table(args: Args) -> None:
     """Print the results of everything that is done as Markdown."""
-    prompts = Prompts.load(args.data / "testset_w_refs.csv", prompt="mr", references="ref")
+    prompts = Prompts.load(args.out / "test.csv", prompt="facts", references="text")
     done = [n for n in names(args) if (args.out / n / "test.json").exists()]
     groups: dict[str, list[str]] = {"sft": ["sft"], "sft-longer": ["sft-longer"]}
     for folder in done:
@@ -279,7 +296,7 @@ def plot(args: Args, groups: dict[str, list[str]]) -> None:
 def main(args: Args) -> None:
     """Run what is not done, then print the table."""
     if not args.table:
-        split(args)
+        prepare(args)
         run_and_test(args, sft(args), "sft")
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = []
