@@ -143,3 +143,26 @@ def test_a_reply_lengthens_a_sequence(
     for numbers in buffer.minibatches(10):
         batch, _ = buffer.sequences(numbers)
         assert (batch.col < batch.lengths[batch.row]).all()
+
+
+def test_a_truncated_episode_is_worth_what_its_last_state_is(
+    make_algorithm: Any, collect_once: Any, make_vec_env: Any
+) -> None:
+    env = make_vec_env(max_episode_steps=3)  # Echo would end after 4
+    algorithm = make_algorithm(env=env, n_steps=9)
+    with torch.no_grad():
+        algorithm.policy.lm.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    buffer = collect_once(algorithm)
+    assert (buffer.episode_starts[3] == 1).all() and (buffer.episode_starts[4] == 0).all()
+    numbers = np.arange(len(buffer.store.finished))
+    batch, (step, row) = buffer.sequences(numbers)
+    texts = [buffer.store.finished[int(buffer.store.sequence[2, i])] for i in range(4)]
+    obs = {
+        "input_ids": torch.tensor(np.array([np.pad(x, (0, 8 - len(x))) for x in texts])),
+        "length": torch.tensor([[len(x)] for x in texts]),
+    }
+    with torch.no_grad():
+        worth = algorithm.policy.predict_values(obs)[:, 0].numpy()
+    assert np.abs(worth).min() > 1e-3
+    np.testing.assert_allclose(buffer.rewards[2], worth, atol=1e-5)  # the reward itself is 0
+    assert len(batch.row) == len(step) == len(row) == 36
