@@ -95,6 +95,16 @@ class SequenceStore:
 class SequenceRollouts:
     """What `SequenceRolloutBuffer` and its maskable twin share; mixed into SB3's buffers.
 
+    Args:
+        buffer_size: T, steps of every environment.
+        observation_space: `input_ids` and `length`, as textgym's environments have it.
+        action_space: `Discrete(V)`.
+        device: Where minibatches go.
+        gae_lambda: As in SB3.
+        gamma: As in SB3.
+        n_envs: N.
+        seed: Of the shuffles; default `torch.initial_seed()`, which `PPO(seed=)` sets.
+
     Attributes:
         store: The sequences.
         counted: Bool `[T, N]`: tokens that are trained on; those of unscored episodes are not.
@@ -121,13 +131,25 @@ class SequenceRollouts:
     rng: np.random.Generator
     obs_shape: Any
 
-    def begin(self, seed: int | None) -> None:
-        """What is there before SB3's buffer makes its arrays."""
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Dict,
+        action_space: spaces.Discrete,
+        device: torch.device | str = "auto",
+        gae_lambda: float = 1.0,
+        gamma: float = 0.99,
+        n_envs: int = 1,
+        seed: int | None = None,
+    ) -> None:
         self.rng = np.random.default_rng(torch.initial_seed() if seed is None else seed)
         self.before_returns = []
+        super().__init__(  # type: ignore[call-arg]
+            buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
+        )
 
-    def begin_sequences(self) -> None:
-        """Empty SB3's buffer, without its observations, and forget the sequences."""
+    def reset(self) -> None:
+        """Empty the buffer; nothing of size `[T, N, L]` is made."""
         shapes, self.obs_shape = self.obs_shape, {}
         DictRolloutBuffer.reset(cast(DictRolloutBuffer, self))
         self.obs_shape = shapes
@@ -228,38 +250,8 @@ class SequenceRolloutBuffer(SequenceRollouts, DictRolloutBuffer):
     """A rollout buffer for causal language models: `PPO(..., rollout_buffer_class=...)`.
 
     It stores every sequence once, and `get` gives whole sequences; the loss and its gradient are
-    those of the stock `DictRolloutBuffer` on the same tokens.
-
-    Args:
-        buffer_size: T, steps of every environment.
-        observation_space: `input_ids` and `length`, as textgym's environments have it.
-        action_space: `Discrete(V)`.
-        device: Where minibatches go.
-        gae_lambda: As in SB3.
-        gamma: As in SB3.
-        n_envs: N.
-        seed: Of the shuffles; default `torch.initial_seed()`, which `PPO(seed=)` sets.
+    those of the stock `DictRolloutBuffer` on the same tokens. Arguments: see `SequenceRollouts`.
     """
-
-    def __init__(
-        self,
-        buffer_size: int,
-        observation_space: spaces.Dict,
-        action_space: spaces.Discrete,
-        device: torch.device | str = "auto",
-        gae_lambda: float = 1.0,
-        gamma: float = 0.99,
-        n_envs: int = 1,
-        seed: int | None = None,
-    ) -> None:
-        self.begin(seed)
-        super().__init__(
-            buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
-        )
-
-    def reset(self) -> None:
-        """Empty the buffer; nothing of size `[T, N, L]` is made."""
-        self.begin_sequences()
 
     def add(  # type: ignore[override]
         self,

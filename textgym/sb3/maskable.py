@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.buffers import DictRolloutBuffer
 
@@ -38,28 +37,12 @@ class MaskableCausalLMActorCriticPolicy(CausalLMActorCritic, MaskableActorCritic
 class MaskableSequenceRolloutBuffer(SequenceRollouts, MaskableDictRolloutBuffer):
     """`SequenceRolloutBuffer` with action masks, a bit for each token of the vocabulary.
 
-    Arguments are those of `SequenceRolloutBuffer`.
+    Arguments: see `SequenceRollouts`.
     """
-
-    def __init__(
-        self,
-        buffer_size: int,
-        observation_space: spaces.Dict,
-        action_space: spaces.Discrete,
-        device: torch.device | str = "auto",
-        gae_lambda: float = 1.0,
-        gamma: float = 0.99,
-        n_envs: int = 1,
-        seed: int | None = None,
-    ) -> None:
-        self.begin(seed)
-        super().__init__(
-            buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
-        )
 
     def reset(self) -> None:
         """Empty the buffer; neither `[T, N, L]` nor a float `[T, N, V]` is made."""
-        self.begin_sequences()
+        super().reset()
         self.mask_dims = int(self.action_space.n)  # type: ignore[attr-defined]
         self.packed_masks: list[NDArray[np.uint8] | None] = [None] * self.buffer_size
 
