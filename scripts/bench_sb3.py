@@ -61,6 +61,7 @@ class NaivePolicy(CausalLMActorCriticPolicy):
     """A full forward over every prefix, also in collecting."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw tokens as if there were no cache."""
         self.lm._no_cache = True
         return super().forward(*args, **kwargs)
 
