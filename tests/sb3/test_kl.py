@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -23,6 +24,7 @@ from textgym.sb3 import (
 from textgym.task import Task
 from textgym.tokens import symbol_tokenizer
 from textgym.vector import TextGenVectorEnv
+from textgym.vector_wrappers import AllowedTokens
 
 
 @pytest.fixture
@@ -116,6 +118,22 @@ def test_kl_is_0_at_first_and_the_price_adapts(make_algorithm: Any, watch: Any) 
     algorithm.learn(160, callback=price)
     assert last()["kl/ref_exact"] == pytest.approx(0.0, abs=1e-4)
     assert price.controller.beta < 0.1  # far below the target
+
+
+def test_the_reference_is_masked_as_the_policy_is(make_algorithm: Any, collect_once: Any) -> None:
+    envs = gym.make_vec(
+        "textgym/Echo-v0", 4, vectorization_mode="vector_entry_point", autoreset_mode="SameStep"
+    )
+    env = SB3VecEnv(AllowedTokens(envs, [3, 5, 6]))
+    env.seed(0)
+    algorithm = make_algorithm("MaskablePPO", env=env)
+    price = ReferenceKL(1.0)
+    price.init_callback(algorithm)
+    price.on_training_start({}, {})
+    before: list[Any] = []
+    algorithm.rollout_buffer.before_returns.insert(0, lambda b: before.append(b.rewards.copy()))
+    buffer = collect_once(algorithm)
+    np.testing.assert_allclose(buffer.rewards, before[0], atol=1e-4)  # the KL is 0 as yet
 
 
 def test_it_needs_whole_sequences(make_algorithm: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
-from textgym.policies import random_causal_lm
+from textgym.policies import CausalLMPolicy, random_causal_lm
 from textgym.sb3 import (
     CausalLMActorCriticPolicy,
     SB3VecEnv,
@@ -121,6 +122,16 @@ def test_saving_and_loading(make_algorithm: Any, tmp_path: Path, name: str) -> N
     algorithm.policy.save(str(tmp_path / "policy.pt"))
     policy = type(algorithm.policy).load(str(tmp_path / "policy.pt"), device="cpu")
     np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], actions[0])
+
+
+def test_a_loaded_policy_has_what_its_folder_said(make_algorithm: Any, tmp_path: Path) -> None:
+    model = random_causal_lm(16)
+    CausalLMPolicy(model, temperature=0.5, sampler="gumbel").save_pretrained(tmp_path / "model")
+    algorithm = make_algorithm(policy_kwargs={"model": tmp_path / "model"})
+    algorithm.save(tmp_path / "saved.zip")
+    shutil.rmtree(tmp_path / "model")
+    loaded = PPO.load(tmp_path / "saved.zip", device="cpu").policy.lm
+    assert loaded.temperature == 0.5 and loaded.sampler.method == "gumbel"
 
 
 def test_transformers_writes_the_same_text_from_saved_weights(

@@ -204,9 +204,19 @@ class SequenceRollouts:
         ids = np.zeros((len(texts), int(lengths.max(initial=1))), np.int64)
         for k, text in enumerate(texts):
             ids[k, : len(text)] = text
-        tensors = (ids, lengths, np.searchsorted(numbers, of), self.store.column[step, env])
-        batch = SequenceBatch(*(torch.from_numpy(x).to(self.device) for x in tensors))
+        row = np.searchsorted(numbers, of)
+        batch = SequenceBatch(
+            ids=torch.from_numpy(ids).to(self.device),
+            lengths=torch.from_numpy(lengths).to(self.device),
+            row=torch.from_numpy(row).to(self.device),
+            col=torch.from_numpy(self.store.column[step, env]).to(self.device),
+            action_mask=self.action_mask(step, env),
+        )
         return batch, (step, env)
+
+    def action_mask(self, step: Ints, env: Ints) -> torch.Tensor | None:
+        """What the tokens at these places were drawn under, bool [M, V]; None: everything."""
+        return None
 
     def minibatches(self, batch_size: int | None) -> Iterator[Ints]:
         """Numbers of the sequences of each minibatch, shuffled.

@@ -63,14 +63,18 @@ class MaskableSequenceRolloutBuffer(SequenceRollouts, MaskableDictRolloutBuffer)
         self.add_sequences(obs, action, reward, episode_start)
         DictRolloutBuffer.add(self, obs, action, reward, episode_start, value, log_prob)
 
+    def action_mask(self, step: NDArray[np.int64], env: NDArray[np.int64]) -> torch.Tensor:
+        """What the tokens at these places were drawn under, bool [M, V]."""
+        masks = np.ones((len(step), self.mask_dims), np.bool_)
+        for k, (t, n) in enumerate(zip(step, env, strict=True)):
+            packed = self.packed_masks[t]
+            if packed is not None:
+                masks[k] = np.unpackbits(packed[n], count=self.mask_dims)
+        return torch.from_numpy(masks).to(self.device)
+
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:
         """Minibatches of whole sequences, of at least `batch_size` tokens each."""
         for numbers in self.minibatches(batch_size):
-            samples, (step, env) = self.samples(numbers)
-            masks = np.ones((len(step), self.mask_dims), np.bool_)
-            for k, (t, n) in enumerate(zip(step, env, strict=True)):
-                packed = self.packed_masks[t]
-                if packed is not None:
-                    masks[k] = np.unpackbits(packed[n], count=self.mask_dims)
-            allowed = torch.from_numpy(masks).to(self.device)
+            samples, _ = self.samples(numbers)
+            allowed = samples[0].batch.action_mask
             yield MaskableDictRolloutBufferSamples._make((*samples, allowed))

@@ -109,7 +109,7 @@ class CausalLMActorCritic(BasePolicy):
         self._algorithm = None if algorithm is None else weakref.ref(algorithm)
         if algorithm is not None:
             # `save` writes the arguments beside the weights, which need not be there twice.
-            again = {"model": self._given["model"], "dtype": self._given["dtype"]}
+            again = {name: value for name, value in self._given.items() if name != "seed"}
             algorithm.policy_kwargs = {**algorithm.policy_kwargs, **again}
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -134,8 +134,13 @@ class CausalLMActorCritic(BasePolicy):
                 "training needs draws from the whole distribution, got "
                 f"{self.lm.sampler}; for greedy text use predict(..., deterministic=True)"
             )
-        self._given["model"] = self.lm.config
-        self._given["dtype"] = str(self.lm.model.dtype).removeprefix("torch.")
+        self._given |= {  # what a folder said too: a loaded policy has no folder to read
+            "model": self.lm.config,
+            "dtype": str(self.lm.model.dtype).removeprefix("torch."),
+            "temperature": self.lm.temperature,
+            "sampler": self.lm.sampler.method,
+            "logit_chunk": self.lm.logit_chunk,
+        }
         self._streams = torch.Generator().manual_seed(given["seed"])
         self._rows_of_first_call = 0
         self._warned = False
