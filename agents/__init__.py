@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from textgym.agents.ppo import PPOConfig as PPOConfig
     from textgym.agents.reinforce import REINFORCE as REINFORCE
     from textgym.agents.reinforce import REINFORCEConfig as REINFORCEConfig
+    from textgym.agents.sb3_a2c import SB3A2C as SB3A2C
+    from textgym.agents.sb3_a2c import SB3A2CConfig as SB3A2CConfig
+    from textgym.agents.sb3_maskable_ppo import SB3MaskablePPO as SB3MaskablePPO
+    from textgym.agents.sb3_maskable_ppo import SB3MaskablePPOConfig as SB3MaskablePPOConfig
+    from textgym.agents.sb3_ppo import SB3PPO as SB3PPO
+    from textgym.agents.sb3_ppo import SB3PPOConfig as SB3PPOConfig
+    from textgym.agents.sb3_trpo import SB3TRPO as SB3TRPO
+    from textgym.agents.sb3_trpo import SB3TRPOConfig as SB3TRPOConfig
     from textgym.agents.sft import SFT as SFT
     from textgym.agents.sft import SFTConfig as SFTConfig
 
@@ -21,11 +29,34 @@ WHERE = {  # name -> module
     "PPOConfig": "ppo",
     "REINFORCE": "reinforce",
     "REINFORCEConfig": "reinforce",
+    "SB3A2C": "sb3_a2c",
+    "SB3A2CConfig": "sb3_a2c",
+    "SB3MaskablePPO": "sb3_maskable_ppo",
+    "SB3MaskablePPOConfig": "sb3_maskable_ppo",
+    "SB3PPO": "sb3_ppo",
+    "SB3PPOConfig": "sb3_ppo",
+    "SB3TRPO": "sb3_trpo",
+    "SB3TRPOConfig": "sb3_trpo",
     "SFT": "sft",
     "SFTConfig": "sft",
 }
 
-__all__ = ["PPO", "REINFORCE", "SFT", "PPOConfig", "REINFORCEConfig", "SFTConfig"]
+__all__ = [
+    "PPO",
+    "REINFORCE",
+    "SB3A2C",
+    "SB3PPO",
+    "SB3TRPO",
+    "SFT",
+    "PPOConfig",
+    "REINFORCEConfig",
+    "SB3A2CConfig",
+    "SB3MaskablePPO",
+    "SB3MaskablePPOConfig",
+    "SB3PPOConfig",
+    "SB3TRPOConfig",
+    "SFTConfig",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -53,7 +53,7 @@ from textgym.losses import (
 )
 from textgym.metrics import Means, rollout_metrics, sample_records, spread
 from textgym.returns import FloatArray, IntArray, check_unit, explained_variance, gae, whiten
-from textgym.rollout import PromptQueue, collect
+from textgym.rollout import PromptQueue, check_path, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.shaping import (
     Cut,
@@ -211,6 +211,7 @@ class PPO:
         for each in (envs, eval_envs):
             if each is not None:
                 check_setup(policy, each, gamma=cfg.gamma, reference=reference, needs_values=True)
+                check_path(cfg.path, each)
         self.task = envs.unwrapped.task
         self.optimizer = GuardedOptimizer(
             policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay

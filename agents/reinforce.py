@@ -50,7 +50,7 @@ from textgym.returns import (
     leave_one_out,
     whiten,
 )
-from textgym.rollout import PromptQueue, collect
+from textgym.rollout import PromptQueue, check_path, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.shaping import (
     Cut,
@@ -187,6 +187,7 @@ class REINFORCE:
                     reference=reference,
                     needs_values=cfg.baseline == "learned",
                 )
+                check_path(cfg.path, each)
         self.task = envs.unwrapped.task
         self.optimizer = GuardedOptimizer(
             policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from textgym.cli import COMMANDS, main
 from textgym.commands.errors import UsageError
-from textgym.commands.listing import agent_modules
+from textgym.commands.listing import agent_names
 from textgym.commands.measure import Measured
 from textgym.commands.options import OPTIONS, parse
 from textgym.commands.play import Game, PlayArgs
@@ -59,8 +59,16 @@ def test_every_command_has_a_module_and_a_line_of_help(capsys: pytest.CaptureFix
 def test_list_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
-    assert agent_modules() == ["ppo", "reinforce", "sft"]
-    for name in [*(entry.id for entry in ENVIRONMENTS), "bleu", "rougeL", *agent_modules()]:
+    assert agent_names() == [
+        "ppo",
+        "reinforce",
+        "sb3-a2c",
+        "sb3-maskable-ppo",
+        "sb3-ppo",
+        "sb3-trpo",
+        "sft",
+    ]
+    for name in [*(entry.id for entry in ENVIRONMENTS), "bleu", "rougeL", *agent_names()]:
         assert name in shown
 
 
@@ -101,6 +109,40 @@ def test_train_writes_a_run_that_eval_scores(capsys: pytest.CaptureFixture[str])
     # The run brought its reference: KL is to the model that it started from.
     assert scored["metrics"]["sampled"]["kl"]["value"] > 0.0
     assert json.loads(Path("scores.json").read_text())["metrics"] == scored["metrics"]
+
+
+@pytest.mark.parametrize("agent", ["sb3-ppo", "sb3-a2c", "sb3-trpo", "sb3-maskable-ppo"])
+def test_train_runs_recipes_for_sb3(agent: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sb3_contrib")
+    options = ["--agent", agent, "--env", "textgym/StopEarly-v0", "--num-envs", "8", "--quiet"]
+    options += ["--n-steps", "8", "--report-prompts", "8", "--folder", "run"]
+    assert main(["train", *options, "--total-tokens", "200"]) == 0
+    assert f"{agent} on textgym/StopEarly-v0" in capsys.readouterr().out
+    for name in (OPTIONS, REPORT, "metrics.jsonl", "samples.jsonl", "learning_curve.png"):
+        assert Path("run", name).stat().st_size > 0, name
+    assert main(["train", "--resume", "--folder", "run", "--total-tokens", "300", "--quiet"]) == 0
+    assert json.loads(Path("run", REPORT).read_text())["total_tokens"] == 320
+    assert main(["eval", "--model", "run", "--count", "4"]) == 0
+
+
+def test_tokens_that_no_reference_has_are_forbidden(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ["it sails at six", "it sails", "six sails"] * 4
+    rows = [{"prompt": f"n {i}", "text": text} for i, text in enumerate(texts)]
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = ["--prompts", "data.jsonl", "--reference-column", "text", "--holdout", "0.4"]
+    options += ["--max-new-tokens", "8", "--sft-baseline", "False", "--quiet"]
+    options += ["--reward", "exact_match", "--episodes", "4", "--total-tokens", "60"]
+    options += ["--allowed-tokens", "references", "--folder", "run"]
+    assert main(["train", *options]) == 0
+    # The run keeps the option, and so does what scores it.
+    scoring = ["--model", "run", "--temperature", "3", "--output", "scores.json"]
+    assert main(["eval", *scoring]) == 0
+    completions = json.loads(Path("scores.json").read_text())["completions"]
+    written = [one[kind]["text"] for one in completions for kind in ("greedy", "sampled")]
+    assert any(written)
+    assert all(re.fullmatch("(it|six| sails| at| six)*", text) for text in written)
+    assert main(["train", "--env", "textgym/Bandit-v0", "--allowed-tokens", "references"]) == 2
+    assert "no column 'references'" in capsys.readouterr().err
 
 
 def test_one_prompt_has_no_interval() -> None:

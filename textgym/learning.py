@@ -46,19 +46,20 @@ def check_setup(
     gamma: float,
     reference: CausalLMPolicy | None = None,
     needs_values: bool = False,
+    autoreset_mode: str = "Disabled",
 ) -> None:
     """Refuse what could not be learned from, before anything is sampled.
 
     Raises:
-        ValueError: If the environment resets by itself, the policy samples another distribution
+        ValueError: If the environment resets otherwise, the policy samples another distribution
             than it scores, sizes do not fit, gamma differs from the reward schedule's, or a value
             head is needed and missing.
     """
     mode = getattr((envs.metadata or {}).get("autoreset_mode"), "value", "none")
-    if mode != "Disabled":
+    if mode != autoreset_mode:
         raise ValueError(
-            f"agents need a vector environment made with autoreset_mode='Disabled', got {mode!r}: "
-            "gym.make_vec(id, num_envs, autoreset_mode='Disabled', ...)"
+            f"this agent needs a vector environment made with autoreset_mode={autoreset_mode!r}, "
+            f"got {mode!r}: gym.make_vec(id, num_envs, autoreset_mode={autoreset_mode!r}, ...)"
         )
     if not policy.is_exact:
         raise ValueError(

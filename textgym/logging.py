@@ -47,6 +47,8 @@ GLOSSARY: dict[str, str] = {
     "ppo/clip_fraction": "share of action tokens whose ratio lies outside the clip range",
     "ppo/first_ratio_error": "largest |ratio - 1| before the first step; 0: learner equals sampler",
     "ppo/epochs": "epochs begun before the target KL stopped the update",
+    "trpo/kl": "mean KL(old || new) of the policy's step, nats per token",
+    "trpo/line_search": "1 where the line search found a step that was taken, else 0",
     "value/explained_variance": "share of the returns' variance that the values explain; 1 is best",
     "baseline/value": "moving-average baseline that this batch was judged by",
     "optim/grad_norm": "global gradient norm before clipping, mean over the update's steps",

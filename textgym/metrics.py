@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textgym.returns import FloatArray
+from textgym.task import STOP_REASONS
 
 if TYPE_CHECKING:
     from textgym.episodes import Episodes
@@ -48,7 +49,7 @@ def rollout_metrics(episodes: Episodes) -> dict[str, float]:
         "rollout/response_length": _mean(episodes.lengths[scored]),
         "rollout/unscored": float(1.0 - scored.mean()),
     }
-    for reason in ("stop_id", "stop_string", "length", "env"):
+    for reason in STOP_REASONS:
         metrics[f"rollout/{reason}"] = _mean(reasons == reason)
     for name, values in episodes.components.items():
         applies = np.add.reduceat(~np.isnan(values), episodes.offsets[:-1]) > 0

@@ -204,15 +204,24 @@ def _step_path(
             rows = np.flatnonzero(episode >= 0)
 
 
-def _sequence_path(
-    policy: CausalLMPolicy, envs: TextGenVectorEnv, plan: _Plan, recorder: _Recorder
-) -> None:
-    task = envs.unwrapped.task
-    if task.respond is not None or recorder.masked:
+def check_path(path: Literal["step", "sequence"], envs: TextGenVectorEnv) -> None:
+    """Check that responses can be sampled in this way.
+
+    Raises:
+        ValueError: Whole responses are asked for, but the environment has its say at every token.
+    """
+    if path == "sequence" and (envs.unwrapped.task.respond is not None or envs.masks_actions):
         raise ValueError(
             "path='sequence' writes whole responses before the environment sees them, but this "
             "environment replies or masks actions; use path='step'"
         )
+
+
+def _sequence_path(
+    policy: CausalLMPolicy, envs: TextGenVectorEnv, plan: _Plan, recorder: _Recorder
+) -> None:
+    task = envs.unwrapped.task
+    check_path("sequence", envs)
     number = envs.num_envs
     for first in range(0, len(plan.stream), number):
         episode = np.arange(first, min(len(plan.stream), first + number))

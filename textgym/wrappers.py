@@ -170,6 +170,33 @@ def allowed_tokens(ids: Iterable[int], vocab_size: int) -> Bools:
     return mask
 
 
+def reference_tokens(task: Any, column: str = "references") -> list[int]:
+    """The ids that references are written with, and those that end a response; sorted.
+
+    `AllowedTokens(envs, reference_tokens(envs.task))` forbids all others.
+
+    Args:
+        task: Prompts and tokenizer.
+        column: Of the prompt table; one text or a list of texts a row.
+
+    Raises:
+        ValueError: The prompts have no such column.
+    """
+    if column not in task.prompts.columns:
+        raise ValueError(
+            f"the prompt table has no column {column!r} to take the allowed tokens from; its "
+            f"columns are {list(task.prompts.columns)}"
+        )
+    found = set(task.stop_ids)
+    for text in task.stop_strings:
+        found.update(task.tokenizer.encode_plain(text))
+    for row in range(len(task.prompts)):
+        references = task.prompts[row][column]
+        for text in [references] if isinstance(references, str) else references:
+            found.update(task.tokenizer.encode_plain(text))
+    return sorted(int(i) for i in found)
+
+
 def prefix_tokens(prefix: str | Iterable[int], task: Any) -> list[int]:
     """The ids of a forced prefix.
 

@@ -12,6 +12,7 @@ from textgym.learning import NonFiniteError, UnscoredError
 from textgym.rewards import dense
 from textgym.rollout import collect
 from textgym.shaping import RewardScale, fit_scale
+from textgym.vector_wrappers import AllowedTokens
 
 FAST = PPOConfig(episodes=16, minibatches=2, epochs=2, lr=3e-3, kl_coef=0.01)
 
@@ -262,3 +263,12 @@ def test_every_metric_is_finite_or_documented_nan(make_envs: Any, make_policy: A
     for line in history:
         odd = {name for name, value in line.items() if not math.isfinite(value)}
         assert odd <= {"value/explained_variance"}
+
+
+def test_a_way_to_sample_that_the_environment_forbids_is_refused_at_once(
+    make_envs: Any, make_policy: Any
+) -> None:
+    masked: Any = AllowedTokens(make_envs(), [0, 1])
+    PPO(make_policy(), masked, FAST)
+    with pytest.raises(ValueError, match="masks actions; use path='step'"):
+        PPO(make_policy(), masked, dataclasses.replace(FAST, path="sequence"))

@@ -51,14 +51,19 @@ def rewards() -> Table:
 def agents() -> Table:
     """Names that `--agent` knows, and the first line of their files."""
     table = _table("Agents (--agent)", "agent", "what")
-    for name in agent_modules():
-        table.add_row(name, purpose_of(f"textgym.agents.{name}"))
+    for name in agent_names():
+        table.add_row(name, purpose_of(f"textgym.agents.{module_of(name)}"))
     return table
 
 
-def agent_modules() -> list[str]:
-    """Modules of `textgym.agents` that hold an agent."""
-    return sorted(set(textgym.agents.WHERE.values()))
+def agent_names() -> list[str]:
+    """What `--agent` may be: the modules of `textgym.agents`, written as options are."""
+    return sorted(module.replace("_", "-") for module in set(textgym.agents.WHERE.values()))
+
+
+def module_of(agent: str) -> str:
+    """Module of `textgym.agents` that holds an agent."""
+    return agent.replace("-", "_")
 
 
 def purpose_of(module: str) -> str:

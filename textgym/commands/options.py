@@ -17,12 +17,17 @@ import tyro
 
 import textgym.agents
 from textgym.commands.errors import UsageError
+from textgym.commands.listing import module_of
 from textgym.commands.setup import TaskArgs, default_model
 from textgym.tokens import EMBEDDED
 
 OPTIONS = "run.json"
 FOR_EMBEDDED: dict[str, dict[str, Any]] = {
     "ppo": {"lr": 3e-4, "epochs": 2, "minibatches": 2, "kl_coef": 0.02, "path": "sequence"},
+    "sb3-a2c": {"lr": 1e-3, "kl_coef": 0.02},
+    "sb3-maskable-ppo": {"lr": 3e-4, "epochs": 2, "minibatches": 2, "kl_coef": 0.02},
+    "sb3-ppo": {"lr": 3e-4, "epochs": 2, "minibatches": 2, "kl_coef": 0.02},
+    "sb3-trpo": {"kl_coef": 0.02},
     "reinforce": {"lr": 5e-4, "whiten": True, "kl_coef": 0.02, "path": "sequence"},
     "sft": {"lr": 1e-3},
 }
@@ -43,7 +48,7 @@ class TrainArgs(TaskArgs):
     resume: bool = False
     """Go on with the run in --folder, with its options but for those that are given again."""
     num_envs: int = 64
-    """Rows of the vector environment; changes speed, not results."""
+    """Rows of the vector environment; changes speed, not results (but is SB3's `n_envs`)."""
     device: str = "auto"
     """Where the model lives: "auto" is CUDA if there is any, else the CPU."""
     dtype: str | None = None
@@ -66,7 +71,7 @@ def parse(agent: str, arguments: Sequence[str]) -> tuple[TrainArgs, Any]:
     """Read the options of the run, and of its agent into the agent's own config.
 
     Args:
-        agent: Module of `textgym.agents`.
+        agent: Name of the agent.
         arguments: The options. With `--resume`, those of the run in `--folder` are the defaults.
     """
     config_type = agent_class(agent, "Config")
@@ -76,7 +81,7 @@ def parse(agent: str, arguments: Sequence[str]) -> tuple[TrainArgs, Any]:
         given = {**saved["args"], "stop": tuple(saved["args"]["stop"])}
         args, config = TrainArgs(**given), config_type(**saved["config"])
     both = dataclasses.make_dataclass(
-        "Options", [("run", TrainArgs), (agent, config_type)], frozen=True
+        "Options", [("run", TrainArgs), (module_of(agent), config_type)], frozen=True
     )
     parsed: Any = tyro.cli(
         both,
@@ -86,19 +91,22 @@ def parse(agent: str, arguments: Sequence[str]) -> tuple[TrainArgs, Any]:
         description="Options of the run, then those of the agent.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    return parsed.run, getattr(parsed, agent)
+    return parsed.run, getattr(parsed, module_of(agent))
 
 
 def agent_class(agent: str, suffix: str = "") -> Any:
-    """Class or config of an agent, by the name of its module."""
-    name = next(n for n, module in textgym.agents.WHERE.items() if module == agent)
+    """Class or config of an agent, by its name on the command line."""
+    name = next(n for n, module in textgym.agents.WHERE.items() if module == module_of(agent))
     return getattr(textgym.agents, name.removesuffix("Config") + suffix)
 
 
 def default_config(agent: str, arguments: Sequence[str]) -> Any:
     """Where the options start: the config's defaults, or what suits the embedded model."""
     model = value_of("--model", arguments) or default_model(value_of("--env", arguments))
-    return config_for(agent, model)
+    config = config_for(agent, model)
+    if value_of("--allowed-tokens", arguments) and hasattr(config, "path"):
+        return dataclasses.replace(config, path="step")  # masks are given token by token
+    return config
 
 
 def config_for(agent: str, model: str) -> Any:

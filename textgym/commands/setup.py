@@ -19,6 +19,8 @@ from textgym.prompts import Prompts, link
 from textgym.registry import ENVIRONMENTS
 from textgym.rewards import Reward, Schedule, parse_reward
 from textgym.tokens import EMBEDDED
+from textgym.vector_wrappers import AllowedTokens
+from textgym.wrappers import reference_tokens
 
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 Split = Literal["train", "validation", "test"]
@@ -63,6 +65,8 @@ class TaskArgs:
     """Cut longer prompts on this side; without it they are an error."""
     stop: Names = ()
     """A stop string; may be given several times."""
+    allowed_tokens: Literal["references"] | None = None
+    """Forbid policies all tokens that the references of training prompts are not written with."""
 
 
 def reward_of(expression: str) -> Reward | Schedule:
@@ -129,6 +133,7 @@ class TaskMaker:
 
     def __init__(self, args: TaskArgs) -> None:
         self.tables = load_tables(args)
+        self.allowed_tokens = args.allowed_tokens
         own = self.tables is not None
         self.id = args.env or ("TextGen-v0" if own else "textgym/DataToText-v0")
         if self.id not in [entry.id for entry in ENVIRONMENTS]:
@@ -159,10 +164,13 @@ class TaskMaker:
             return {**self.knobs, "prompts": self.tables[SPLITS.index(split)]}
         return {"split": split, **self.knobs}
 
-    def vector(self, split: Split, num_envs: int) -> Any:
-        """A vector environment as `collect` wants it."""
-        arguments = {**self.arguments(split), "autoreset_mode": "Disabled"}
-        return gym.make_vec(self.id, num_envs, "vector_entry_point", **arguments).unwrapped
+    def vector(self, split: Split, num_envs: int, autoreset_mode: str = "Disabled") -> Any:
+        """A vector environment; `collect` wants it as it is by default."""
+        arguments = {**self.arguments(split), "autoreset_mode": autoreset_mode}
+        envs: Any = gym.make_vec(self.id, num_envs, "vector_entry_point", **arguments).unwrapped
+        if self.allowed_tokens is None:
+            return envs
+        return AllowedTokens(envs, reference_tokens(self.single("train").task))
 
     def single(self, split: Split) -> Any:
         """A single environment."""

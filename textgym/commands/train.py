@@ -20,7 +20,7 @@ from rich.markup import escape
 
 from textgym.checkpoint import CheckpointError, prepare_folder
 from textgym.commands.errors import UsageError, reported
-from textgym.commands.listing import agent_modules
+from textgym.commands.listing import agent_names
 from textgym.commands.measure import Measured, ceiling, measure
 from textgym.commands.models import load_policy
 from textgym.commands.options import (
@@ -61,7 +61,7 @@ TOTAL_TOKENS = 100_000
 def run(arguments: Sequence[str]) -> int:
     """Train by reinforcement learning."""
     name = value_of("--agent", arguments) or saved_options(arguments).get("agent") or "ppo"
-    names = [agent for agent in agent_modules() if agent != "sft"]
+    names = [agent for agent in agent_names() if agent != "sft"]
     if name not in names:
         hint = "; use `textgym sft`" if name == "sft" else ""
         raise UsageError(f"no agent {name!r}, there are {', '.join(names)}{hint}")
@@ -85,7 +85,7 @@ class Training:
     """One run of the command.
 
     Args:
-        agent: Module of `textgym.agents`.
+        agent: Its name on the command line.
         args: The run's options.
         config: The agent's.
         console: Where tables go.
@@ -102,13 +102,18 @@ class Training:
             raise UsageError(
                 f"{self.folder} already holds a run: go on with --resume, or choose another folder"
             )
-        self.envs = self.maker.vector("train", args.num_envs)
+        self.envs = self.training_envs(agent)
         self.validation = self.maker.vector("validation", args.num_envs)
         self.test = self.maker.vector("test", args.num_envs)
         self.policy = self.start()
         self.reference = self.policy.frozen_copy()
         self.learner = self.make(agent, self.policy, config, self.folder)
         prepare_folder(self.folder)
+
+    def training_envs(self, agent: str) -> Any:
+        """What an agent learns in, which resets as the agent wants it."""
+        mode = getattr(agent_class(agent), "autoreset_mode", "Disabled")
+        return self.maker.vector("train", self.args.num_envs, mode)
 
     def start(self) -> CausalLMPolicy:
         """The policy before training."""
@@ -126,8 +131,9 @@ class Training:
     def make(self, agent: str, policy: CausalLMPolicy, config: Any, folder: Path) -> Any:
         """An agent on this task."""
         more = {} if agent == "sft" else {"reference": self.reference}
+        envs = self.envs if agent == self.agent else self.training_envs(agent)
         return agent_class(agent)(
-            policy, self.envs, config, eval_envs=self.validation, folder=folder, **more
+            policy, envs, config, eval_envs=self.validation, folder=folder, **more
         )
 
     def run(self) -> int:
@@ -224,7 +230,7 @@ class Training:
         folder = self.folder / "sft"
         shutil.rmtree(folder, ignore_errors=True)
         # How fast it is, on weights that are thrown away.
-        probe = agent_class("sft")(self.start(), self.envs, config)
+        probe = agent_class("sft")(self.start(), self.training_envs("sft"), config)
         done, spent = self.timed(probe, 1 << 40, quiet=True, max_updates=PROBE_UPDATES)
         policy = self.start()
         learner = self.make("sft", policy, config, folder)

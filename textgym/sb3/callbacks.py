@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textgym.learning import UNSCORED_LIMIT, UnscoredError
+from textgym.task import STOP_REASONS
 
 
 class TextMetricsCallback(BaseCallback):
-    """Log, for each rollout: reward components, response length, ends, unscored episodes, speed.
+    """Log, for each rollout: rewards and their components, length, ends, unscored episodes, speed.
 
-    Under the names of textgym's own agents: `reward/<component>` (means over episodes),
-    `rollout/response_length` (tokens), `rollout/<stop reason>` (shares), `rollout/unscored` (share)
-    and `time/tokens_per_s`.
+    Under the names of textgym's own agents: `rollout/reward_mean` and `rollout/reward_std`,
+    `reward/<component>` (means over episodes), `rollout/response_length` (tokens),
+    `rollout/<stop reason>` (shares), `rollout/unscored` (share) and `time/tokens_per_s`. Of the
+    episodes that ended in the rollout; those that go on count where they end, also in a later call
+    of `learn(reset_num_timesteps=False)`.
 
     Raises:
         UnscoredError: If more than 20 % of the episodes of a rollout have no score. A
@@ -27,14 +31,20 @@ class TextMetricsCallback(BaseCallback):
             would.
     """
 
+    def __init__(self, verbose: int = 0) -> None:
+        super().__init__(verbose)
+        self._parts: list[dict[str, float]] = []
+        self._tokens = self._scores = np.zeros(0)
+
     def _on_training_start(self) -> None:
         rows = self.training_env.num_envs
-        self._parts: list[dict[str, float]] = [defaultdict(float) for _ in range(rows)]
-        self._tokens = np.zeros(rows, np.int64)
+        if not self.num_timesteps or len(self._parts) != rows:
+            self._parts = [defaultdict(float) for _ in range(rows)]
+            self._tokens, self._scores = np.zeros(rows, np.int64), np.zeros(rows)
 
     def _on_rollout_start(self) -> None:
-        self._ended: list[dict[str, Any]] = []
-        self._lengths: list[int] = []
+        self._ended: list[dict[str, float]] = []
+        self._found: list[tuple[float, int, str]] = []
         self._unscored = 0
         self._traceback = ""
         self._steps = 0
@@ -43,21 +53,26 @@ class TextMetricsCallback(BaseCallback):
     def _on_step(self) -> bool:
         self._steps += self.training_env.num_envs
         self._tokens += 1
+        self._scores += np.asarray(self.locals["rewards"])
         for i, (info, done) in enumerate(
             zip(self.locals["infos"], self.locals["dones"], strict=True)
         ):
             for name, value in info.get("reward", {}).items():
-                self._parts[i][name] += value
+                self._parts[i][name] += float(value)
             if done:
-                if "reward_status" in info:
-                    self._unscored += 1
-                    self._traceback = self._traceback or info["reward_traceback"]
-                else:
-                    reason = info.get("stop_reason")
-                    self._ended.append({"stop_reason": reason, **self._parts[i]})
-                    self._lengths.append(int(self._tokens[i]))
-                self._parts[i], self._tokens[i] = defaultdict(float), 0
+                self._end(i, info)
         return True
+
+    def _end(self, row: int, info: dict[str, Any]) -> None:
+        """Note an episode."""
+        if "reward_status" in info:
+            self._unscored += 1
+            self._traceback = self._traceback or info["reward_traceback"]
+        else:
+            self._ended.append(self._parts[row])
+            reason = str(info.get("stop_reason"))
+            self._found.append((float(self._scores[row]), int(self._tokens[row]), reason))
+        self._parts[row], self._tokens[row], self._scores[row] = defaultdict(float), 0, 0.0
 
     def _on_rollout_end(self) -> None:
         seconds = time.perf_counter() - self._began
@@ -71,44 +86,76 @@ class TextMetricsCallback(BaseCallback):
                 f"{self._unscored} of {episodes} episodes have no score, more than "
                 f"{UNSCORED_LIMIT:.0%}; the first failure:\n{self._traceback}"
             )
-        self.logger.record("rollout/response_length", float(np.mean(self._lengths)))
-        for reason in {str(e["stop_reason"]) for e in self._ended}:
-            share = np.mean([e["stop_reason"] == reason for e in self._ended])
-            self.logger.record(f"rollout/{reason}", float(share))
-        for name in {n for e in self._ended for n in e if n != "stop_reason"}:
-            values = [e[name] for e in self._ended if name in e]
+        scores, lengths, reasons = zip(*self._found, strict=True)
+        self.logger.record("rollout/reward_mean", float(np.mean(scores)))
+        self.logger.record("rollout/reward_std", float(np.std(scores)))
+        self.logger.record("rollout/response_length", float(np.mean(lengths)))
+        for reason in STOP_REASONS:
+            self.logger.record(f"rollout/{reason}", reasons.count(reason) / len(reasons))
+        for name in {name for parts in self._ended for name in parts}:
+            values = [parts[name] for parts in self._ended if name in parts]
             self.logger.record(f"reward/{name}", float(np.mean(values)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of the episodes that are not over."""
+        return {
+            "parts": [dict(parts) for parts in self._parts],
+            "tokens": self._tokens.tolist(),
+            "scores": self._scores.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self._parts = [defaultdict(float, parts) for parts in state["parts"]]
+        self._tokens = np.array(state["tokens"], np.int64)
+        self._scores = np.array(state["scores"], np.float64)
 
 
 class SampleTextCallback(BaseCallback):
     """Write a few completions of each rollout to a JSON-lines file, token by token.
 
-    A line holds `timesteps`, `text`, `stop_reason`, `score`, and for each token its text, reward,
-    value and log-probability: `tokens`, `token_rewards`, `token_values`, `token_logprobs`.
+    A line holds `timesteps`, `prompt`, `text`, `stop_reason`, `score`, and for each token its text,
+    reward, value and log-probability: `tokens`, `token_rewards`, `token_values`, `token_logprobs`.
 
     Args:
-        path: The file; lines are appended.
+        path: The file; lines are appended. None: they are only in `records`.
         every: Rollouts between two writings.
         samples: Completions of one writing.
         verbose: As in SB3.
+
+    Attributes:
+        records: The lines of the last writing.
     """
 
     def __init__(
-        self, path: str | Path, *, every: int = 1, samples: int = 4, verbose: int = 0
+        self,
+        path: str | Path | None,
+        *,
+        every: int = 1,
+        samples: int = 4,
+        verbose: int = 0,
     ) -> None:
         super().__init__(verbose)
-        self.path = Path(path)
+        self.path = None if path is None else Path(path)
         self.every, self.samples = every, samples
+        self.records: list[dict[str, Any]] = []
+        self._open: list[list[tuple[Any, ...]]] = []
         self._rollout = 0
 
     def _on_training_start(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         self._tokenizer = self.training_env.get_attr("task")[0].tokenizer
-        self._open: list[list[tuple[Any, ...]]] = [[] for _ in range(self.training_env.num_envs)]
+        rows = self.training_env.num_envs
+        if not self.num_timesteps or len(self._open) != rows:
+            self._open = [[] for _ in range(rows)]
 
     def _on_rollout_start(self) -> None:
         self._rollout += 1
-        self._written = 0
+        if (self._rollout - 1) % self.every == 0:
+            self.records = []
+            if self.every > 1:  # what was not watched to its end is none of the episodes now open
+                self._open = [[] for _ in self._open]
 
     def _on_step(self) -> bool:
         here = self.locals
@@ -121,16 +168,20 @@ class SampleTextCallback(BaseCallback):
             if done:
                 info, tokens = here["infos"][i], self._open[i]
                 self._open[i] = []
-                # Whole completions only: what began before this rollout is not known.
-                if self._written < self.samples and len(tokens) == info["episode"]["l"]:
+                # Scored and whole completions only: what began in a rollout that is not written is
+                # not known from its start.
+                whole = info.get("episode", {}).get("l") == len(tokens)
+                if whole and len(self.records) < self.samples:
                     self._write(info, tokens)
         return True
 
     def _write(self, info: dict[str, Any], tokens: list[tuple[Any, ...]]) -> None:
-        self._written += 1
         ids, rewards, values, logprobs = zip(*tokens, strict=True)
+        last = info["terminal_observation"]
+        prompt = last["input_ids"][: int(last["prompt_length"][0])]
         record = {
             "timesteps": self.num_timesteps,
+            "prompt": self._tokenizer.decode(prompt.tolist()),
             "text": info.get("text"),
             "stop_reason": info.get("stop_reason"),
             "score": sum(rewards),
@@ -139,5 +190,7 @@ class SampleTextCallback(BaseCallback):
             "token_values": values,
             "token_logprobs": logprobs,
         }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.records.append(record)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -50,8 +50,9 @@ class CausalLMActorCritic(BasePolicy):
         action_space: `Discrete(V)`.
         lr_schedule: As in SB3.
         model: A Hugging Face causal LM (object, folder, hub name, folder of a run), or the
-            configuration of one, which gets random weights. Default: the embedded model where V is
-            its vocabulary, else a small Llama of random weights.
+            configuration of one, which gets random weights; or a `CausalLMPolicy` that is all set.
+            Default: the embedded model where V is its vocabulary, else a small Llama of random
+            weights.
         seed: Of random weights, adapters and draws; default `torch.initial_seed()`, which
             `PPO(seed=)` sets.
         temperature: As in `CausalLMPolicy`, like the next four; default: what a saved policy has.
@@ -122,7 +123,9 @@ class CausalLMActorCritic(BasePolicy):
             model = _default_model(vocab_size, columns, given["seed"])
         elif hasattr(model, "model_type"):
             model = _random_weights(model, given["seed"], given.get("dtype"))
-        if isinstance(model, str | Path):
+        if isinstance(model, CausalLMPolicy):
+            self.lm = _all_set(model, vocab_size, given)
+        elif isinstance(model, str | Path):
             self.lm = CausalLMPolicy.from_pretrained(
                 model, vocab_size=vocab_size, device="cpu", **given
             )
@@ -141,7 +144,7 @@ class CausalLMActorCritic(BasePolicy):
             "sampler": self.lm.sampler.method,
             "logit_chunk": self.lm.logit_chunk,
         }
-        self._streams = torch.Generator().manual_seed(given["seed"])
+        self.draws = torch.Generator().manual_seed(given["seed"])
         self._rows_of_first_call = 0
         self._warned = False
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -171,7 +174,7 @@ class CausalLMActorCritic(BasePolicy):
             Actions int64 [n], values float32 [n, 1] and log-probabilities float32 [n].
         """
         n = len(obs["length"])
-        streams = torch.randint(2**63 - 1, (n,), generator=self._streams)
+        streams = torch.randint(2**63 - 1, (n,), generator=self.draws)
         drawn = self.lm.act(
             obs,
             streams.numpy(),
@@ -301,6 +304,21 @@ def _calling_algorithm() -> BaseAlgorithm | None:
             return found
         frame = frame.f_back
     return None
+
+
+def _all_set(lm: CausalLMPolicy, vocab_size: int, given: Mapping[str, Any]) -> CausalLMPolicy:
+    """Check a policy that is used as it is."""
+    twice = sorted(set(given) - {"seed"})
+    if twice:
+        raise TypeError(
+            f"{', '.join(twice)}: the model is a CausalLMPolicy, which has that already"
+        )
+    if lm.vocab_size != vocab_size or lm.value_head is None:
+        raise ValueError(
+            f"the CausalLMPolicy must have {vocab_size} actions and a value head, it has "
+            f"{lm.vocab_size} and {'one' if lm.value_head is not None else 'none'}"
+        )
+    return lm
 
 
 def _check_algorithm(algorithm: BaseAlgorithm | None) -> None:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 
+from textgym.mdp import RowState
+
 Bools = NDArray[np.bool_]
 
 
@@ -101,6 +103,15 @@ class SB3VecEnv(VecEnv):
                 }
         self._returns[done], self._lengths[done] = 0.0, 0
         return obs, rewards, done, rows
+
+    def resume(self, states: Sequence[RowState]) -> Any:
+        """Go on with copied episodes, one for each row; returns the observations [N, ...]."""
+        inner: Any = self.envs.unwrapped
+        for row, state in enumerate(states):
+            obs = inner.set_state(row, state)
+        self._returns[:], self._lengths[:] = inner.mdp.paid, inner.mdp.steps
+        self._reset_seeds()
+        return obs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """An attribute of the environments; the rows share it."""
