@@ -247,3 +247,8 @@ def test_a_name_that_is_neither_folder_nor_model_is_named(monkeypatch: pytest.Mo
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
     with pytest.raises(OSError, match=r"no folder 'runs/mien' here.*no connection"):
         load_tokenizer("runs/mien")
+
+
+def test_a_folder_without_a_tokenizer_says_where_that_of_a_run_is(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"holds no tokenizer .* checkpoints/<step>/policy"):
+        load_tokenizer(tmp_path)

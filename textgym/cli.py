@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from textgym.commands.errors import UsageError
 
+    if name != "list" and sys.stderr.isatty():
+        print(f"textgym {name}: loading", file=sys.stderr)  # of torch, some seconds
     module = import_module(f"textgym.commands.{COMMANDS[name][0]}")
     try:
         status: int = module.run(rest)

@@ -233,10 +233,25 @@ def _embedded() -> Tokenizer:
     )
 
 
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)  # one of which every folder of a tokenizer has
+
+
 @lru_cache(maxsize=16)
 def _pretrained(name: str) -> Tokenizer:
     from transformers import AutoTokenizer, GenerationConfig
 
+    folder = Path(name)
+    if folder.is_dir() and not any((folder / file).is_file() for file in _FILES):
+        raise OSError(
+            f"the folder {name} holds no tokenizer ({', '.join(_FILES)}); that of a run is beside "
+            "its weights, in checkpoints/<step>/policy"
+        )
     try:
         hf = AutoTokenizer.from_pretrained(name)
     except OSError as error:

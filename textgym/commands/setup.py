@@ -156,7 +156,14 @@ class TaskMaker:
         if self.model not in (EMBEDDED, RANDOM) and takes_tokenizer(self.id):
             from textgym.policies.loading import find_model
 
-            self.knobs.setdefault("tokenizer", find_model(self.model))
+            found = find_model(self.model)
+            if not Path(found).exists():
+                print(
+                    f"looking for {found} on the Hugging Face hub "
+                    "(HF_HUB_OFFLINE=1 looks among what was downloaded only)",
+                    file=sys.stderr,
+                )
+            self.knobs.setdefault("tokenizer", found)
 
     def arguments(self, split: Split) -> dict[str, Any]:
         """Arguments of `gym.make` and `gym.make_vec`."""
