@@ -267,6 +267,22 @@ def test_a_reward_that_fails_stops_the_run(make_agent: Any, tmp_path: Path) -> N
         make_agent("ppo", reward=fails).learn(TOKENS, quiet=True)
 
 
+@pytest.mark.parametrize("name", list(AGENTS))
+def test_the_algorithm_is_saved_and_loaded_as_any_of_sb3(
+    make_agent: Any, tmp_path: Path, name: str
+) -> None:
+    agent = make_agent(name)
+    agent.learn(120, quiet=True)
+    agent.algorithm.save(tmp_path / "saved.zip")
+    weights = sum(p.numel() for p in agent.policy.parameters()) * 4
+    assert (tmp_path / "saved.zip").stat().st_size < 3 * weights + 100_000  # Adam keeps two more
+    loaded = type(agent.algorithm).load(tmp_path / "saved.zip", device="cpu")
+    for a, b in zip(agent.policy.parameters(), loaded.policy.lm.parameters(), strict=True):
+        assert torch.equal(a, b)
+    loaded.set_env(agent.training.envs)
+    loaded.learn(56, reset_num_timesteps=False)
+
+
 def test_parts_that_do_not_fit_are_refused(make_envs: Any, make_policy: Any) -> None:
     with pytest.raises(ValueError, match="autoreset_mode='SameStep'"):
         SB3PPO(make_policy(), make_envs())

@@ -124,6 +124,22 @@ def test_saving_and_loading(make_algorithm: Any, tmp_path: Path, name: str) -> N
     np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], actions[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("saved", "loaded"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_loading_on_another_device(
+    make_algorithm: Any, tmp_path: Path, saved: str, loaded: str
+) -> None:
+    algorithm = make_algorithm(device=saved).learn(40)
+    algorithm.save(tmp_path / "saved.zip")
+    other = type(algorithm).load(tmp_path / "saved.zip", env=algorithm.env, device=loaded)
+    assert {p.device.type for p in other.policy.parameters()} == {loaded}
+    obs = algorithm.env.reset()
+    actions = [a.predict(obs, deterministic=True)[0] for a in (algorithm, other)]
+    np.testing.assert_array_equal(*actions)
+    other.learn(40)
+
+
 def test_a_loaded_policy_has_what_its_folder_said(make_algorithm: Any, tmp_path: Path) -> None:
     model = random_causal_lm(16)
     CausalLMPolicy(model, temperature=0.5, sampler="gumbel").save_pretrained(tmp_path / "model")

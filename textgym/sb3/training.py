@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,18 @@ def check_config(config: Any) -> None:
     check_above_0(config, "lr")
 
 
+@dataclass
+class UpdateLR:
+    """A schedule of SB3 that is set from outside: SB3 sees a run one update at a time."""
+
+    value: float
+    """Learning rate of the present update."""
+
+    def __call__(self, progress_remaining: float) -> float:
+        """The learning rate, whatever SB3 believes the progress to be."""
+        return self.value
+
+
 class Training:
     """Everything around one algorithm.
 
@@ -113,14 +125,14 @@ class Training:
         self.policy, self.config, self.title = policy, config, title
         self.eval_envs, self.reference, self.folder = eval_envs, reference, folder
         self.task: Task = envs.unwrapped.task
-        self.lr: float = config.lr
+        self.lr = UpdateLR(config.lr)
         self.envs = SB3VecEnv(envs)
         self.envs.seed(config.seed)
         self.n_steps = config.n_steps or self.task.max_new_tokens
         self.num_tokens = self.n_steps * self.envs.num_envs
         self.options: dict[str, Any] = {
             "env": self.envs,
-            "learning_rate": lambda _: self.lr,  # of this update; SB3 sees one update at a time
+            "learning_rate": self.lr,
             "n_steps": self.n_steps,
             "gamma": config.gamma,
             "gae_lambda": config.gae_lambda,
@@ -186,7 +198,7 @@ class Training:
             run.begin()
             callbacks = [*self.callbacks, _RolloutDone(run)]
             while run.wants_more:
-                self.lr = learning_rate(
+                self.lr.value = learning_rate(
                     self.config.lr,
                     run.counters.update,
                     run.progress,
@@ -201,7 +213,7 @@ class Training:
                         reset_num_timesteps=False,
                     )
                 self._check_finite()
-                metrics = self._take_metrics(algorithm.logger) | {"optim/lr": self.lr}
+                metrics = self._take_metrics(algorithm.logger) | {"optim/lr": self.lr.value}
                 run.finish_update(metrics, self.num_tokens, lambda: self.samples.records)
             return run.result()
 
