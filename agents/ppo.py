@@ -109,7 +109,7 @@ class PPOConfig:
     """Lambda of generalised advantage estimation."""
     clip_coef: float = 0.2
     """Ratios are clipped to 1 - this .. 1 + this."""
-    vf_coef: float = 0.1
+    vf_coef: float = 0.5
     """Weight of the value loss."""
     vf_clip_coef: float | None = 0.2
     """How far the value may move in an update, in units of return; None: any way."""

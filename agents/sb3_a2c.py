@@ -49,7 +49,7 @@ class SB3A2CConfig:
     """Discount per action."""
     gae_lambda: float = 0.95
     """Lambda of generalised advantage estimation."""
-    vf_coef: float = 0.05
+    vf_coef: float = 0.25
     """Weight of the value loss, a mean of squares without the half."""
     ent_coef: float = 0.0
     """Weight of the entropy bonus."""

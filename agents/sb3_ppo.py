@@ -12,8 +12,8 @@ Schulman et al. 2017, "Proximal policy optimization algorithms"; the implementat
 4. A rollout is `n_steps` of every row, by default the budget of a response, so that each row ends
    about one response or more; episodes that the end of a rollout cuts are bootstrapped and go on.
 5. `SequenceRolloutBuffer`: minibatches are whole sequences, one forward each.
-6. GAE lambda is near 1, since most rewards are paid on the last token; the value loss has little
-   weight, since the value head shares the trunk with the policy.
+6. GAE lambda is near 1, since most rewards are paid on the last token: what it does not look at
+   must come from values, and those of text explain little.
 7. A few epochs only, and a price for leaving the reference: text is easily ruined.
 8. Advantages are whitened over each minibatch, as SB3 does it; textgym's own PPO does it over the
    batch.
@@ -31,7 +31,7 @@ from textgym.learning import check_above_0, check_positive
 from textgym.returns import check_unit
 from textgym.runs import Result
 from textgym.sb3 import CausalLMActorCriticPolicy, SequenceRolloutBuffer
-from textgym.sb3.training import Training, check_config
+from textgym.sb3.training import Training, check_config, whole_sequences
 
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
@@ -64,7 +64,7 @@ class SB3PPOConfig:
     """Lambda of generalised advantage estimation."""
     clip_coef: float = 0.2
     """Ratios are clipped to 1 - this .. 1 + this."""
-    vf_coef: float = 0.05
+    vf_coef: float = 0.25
     """Weight of the value loss, a mean of squares without the half."""
     vf_clip_coef: float | None = 0.2
     """How far the value may move in an update, in units of return; None: any way."""
@@ -139,7 +139,9 @@ class SB3PPO:
             reference=reference,
             folder=folder,
         )
-        self.algorithm = self.make(self.training.options | ppo_options(self.config, self.training))
+        options = self.training.options | ppo_options(self.config, self.training)
+        with whole_sequences():
+            self.algorithm = self.make(options)
 
     def make(self, options: dict[str, Any]) -> Any:
         """The algorithm."""

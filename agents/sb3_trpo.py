@@ -24,7 +24,7 @@ from textgym.learning import check_above_0, check_positive
 from textgym.returns import check_unit
 from textgym.runs import Result
 from textgym.sb3 import CausalLMActorCriticPolicy, SequenceRolloutBuffer
-from textgym.sb3.training import Training, check_config
+from textgym.sb3.training import Training, check_config, whole_sequences
 
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
@@ -123,18 +123,19 @@ class SB3TRPO:
             reference=reference,
             folder=folder,
         )
-        self.algorithm = TRPO(
-            CausalLMActorCriticPolicy,
-            rollout_buffer_class=SequenceRolloutBuffer,
-            target_kl=cfg.target_kl,
-            cg_max_steps=cfg.cg_steps,
-            cg_damping=cfg.cg_damping,
-            line_search_max_iter=cfg.line_search_steps,
-            sub_sampling_factor=cfg.sub_sampling,
-            n_critic_updates=cfg.value_epochs,
-            batch_size=max(2, self.training.num_tokens // cfg.value_minibatches),
-            **self.training.options,
-        )
+        with whole_sequences():
+            self.algorithm = TRPO(
+                CausalLMActorCriticPolicy,
+                rollout_buffer_class=SequenceRolloutBuffer,
+                target_kl=cfg.target_kl,
+                cg_max_steps=cfg.cg_steps,
+                cg_damping=cfg.cg_damping,
+                line_search_max_iter=cfg.line_search_steps,
+                sub_sampling_factor=cfg.sub_sampling,
+                n_critic_updates=cfg.value_epochs,
+                batch_size=max(2, self.training.num_tokens // cfg.value_minibatches),
+                **self.training.options,
+            )
 
     def learn(
         self,

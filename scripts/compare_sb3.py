@@ -30,7 +30,8 @@ from textgym.rollout import collect
 
 DIAGNOSTIC = {"epochs": 2, "lr": 1e-3, "lr_final": 0.0, "target_kl": 0.02, "max_grad_norm": 0.3}
 DIAGNOSTIC |= {"gae_lambda": 0.9, "vf_coef": 0.5, "vf_clip_coef": None, "ent_coef": 0.1}
-TEXT = {"epochs": 2, "minibatches": 2, "lr": 3e-4, "kl_coef": 0.02}
+TEXT = {"epochs": 2, "minibatches": 2, "lr": 3e-4, "lr_final": 0.0, "kl_coef": 0.02}
+TEXT |= {"gae_lambda": 1.0, "vf_coef": 1.0}
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def sft_longer(args: Args) -> list[str]:
 def rl(args: Args, agent: str, reward: str, seed: int) -> list[str]:
     """One RL run."""
     numbers = {
-        "ppo": "--lr 1.5e-5 --episodes 64 --epochs 1 --minibatches 4",
+        "ppo": "--lr 1.5e-5 --episodes 64 --epochs 1 --minibatches 4 --gae-lambda 1 --vf-coef 0.5",
         "reinforce": "--lr 5e-5 --episodes 64 --group-size 8 --baseline group --whiten",
     }[agent]
     common = (

@@ -182,6 +182,20 @@ def test_the_means_are_those_of_the_episodes_that_ended(make_agent: Any) -> None
     )
 
 
+def test_tokens_that_no_number_of_minibatches_divides(make_agent: Any) -> None:
+    config = SB3PPOConfig(n_steps=7, minibatches=3, eval_every=0)
+    result = make_agent("ppo", config=config).learn(56, quiet=True)  # a warning would be an error
+    assert result.total_tokens == 56
+
+
+def test_runs_of_other_seeds_share_no_episodes(make_agent: Any) -> None:
+    seeds = [
+        set(make_agent("ppo", config=SB3PPOConfig(seed=seed)).training.envs._seeds)
+        for seed in (0, 1)
+    ]
+    assert len(seeds[0]) == 8 and not seeds[0] & seeds[1]
+
+
 def test_learning_moves_the_reward(make_agent: Any) -> None:
     config = SB3PPOConfig(n_steps=16, lr=1e-2, ent_coef=0.01, eval_every=0)
     result = make_agent("ppo", config=config).learn(6_000, quiet=True)
@@ -291,6 +305,8 @@ def test_parts_that_do_not_fit_are_refused(make_envs: Any, make_policy: Any) -> 
         SB3PPO(make_policy(value_head=False), envs)
     with pytest.raises(ValueError, match="n_steps must be at least 1, got 0"):
         SB3PPOConfig(n_steps=0)
+    with pytest.raises(ValueError, match="horizon 1 is too short"):
+        SB3PPO(make_policy(), envs, SB3PPOConfig(kl_coef=0.1, kl_target=1.0, kl_horizon=1))
     with pytest.raises(ValueError, match="gae_lambda"):
         SB3TRPOConfig(gae_lambda=1.5)
     with pytest.raises(ValueError, match="lr must be above 0"):

@@ -22,13 +22,29 @@ from textgym.commands.setup import TaskArgs, default_model
 from textgym.tokens import EMBEDDED
 
 OPTIONS = "run.json"
+_SB3_PPO = {
+    "lr": 3e-4,
+    "epochs": 2,
+    "minibatches": 2,
+    "gae_lambda": 1.0,
+    "vf_coef": 0.5,
+    "kl_coef": 0.02,
+}
 FOR_EMBEDDED: dict[str, dict[str, Any]] = {
-    "ppo": {"lr": 3e-4, "epochs": 2, "minibatches": 2, "kl_coef": 0.02, "path": "sequence"},
-    "sb3-a2c": {"lr": 1e-3, "kl_coef": 0.02},
-    "sb3-maskable-ppo": {"lr": 3e-4, "epochs": 2, "minibatches": 2, "kl_coef": 0.02},
-    "sb3-ppo": {"lr": 3e-4, "epochs": 2, "minibatches": 2, "kl_coef": 0.02},
-    "sb3-trpo": {"kl_coef": 0.02},
+    "ppo": {
+        "lr": 3e-4,
+        "epochs": 2,
+        "minibatches": 2,
+        "gae_lambda": 1.0,
+        "vf_coef": 1.0,
+        "kl_coef": 0.02,
+        "path": "sequence",
+    },
     "reinforce": {"lr": 5e-4, "whiten": True, "kl_coef": 0.02, "path": "sequence"},
+    "sb3-a2c": {"lr": 1e-3, "gae_lambda": 1.0, "vf_coef": 0.5, "kl_coef": 0.02},
+    "sb3-ppo": _SB3_PPO,
+    "sb3-maskable-ppo": _SB3_PPO,
+    "sb3-trpo": {"gae_lambda": 1.0, "kl_coef": 0.02},
     "sft": {"lr": 1e-3},
 }
 """What differs from a config's defaults for the embedded model, which is tiny. Found on validation

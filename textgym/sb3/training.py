@@ -6,6 +6,7 @@ last one ended; what is around that call is the loop of textgym's own agents.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from textgym.kl import AdaptiveKL
 from textgym.learning import (
     NonFiniteError,
     check_above_0,
@@ -52,6 +54,7 @@ RECORDED = {  # SB3's name -> ours, and the factor between them
     "train/explained_variance": ("value/explained_variance", 1.0),
 }
 OURS = ("rollout/", "reward/", "kl/")  # recorded by our callbacks under the names of the glossary
+_ROWS = 1  # key that the run's seed is hashed with
 NOT_OURS = ("rollout/ep_len_mean", "rollout/ep_rew_mean", "rollout/success_rate")
 
 
@@ -127,7 +130,8 @@ class Training:
         self.task: Task = envs.unwrapped.task
         self.lr = UpdateLR(config.lr)
         self.envs = SB3VecEnv(envs)
-        self.envs.seed(config.seed)
+        # Row i is seeded with the i-th number from here: seeds that are neighbours share no row.
+        self.envs.seed(int(mix64(config.seed, _ROWS)) >> 33)
         self.n_steps = config.n_steps or self.task.max_new_tokens
         self.num_tokens = self.n_steps * self.envs.num_envs
         self.options: dict[str, Any] = {
@@ -152,6 +156,8 @@ class Training:
                 horizon=config.kl_horizon,
                 exact_sequences=config.exact_kl_episodes,
             )
+            if isinstance(self.kl.controller, AdaptiveKL):
+                self.kl.controller.check(self.envs.num_envs)  # episodes of a rollout, about
             self.callbacks.append(self.kl)
 
     def learn(
@@ -252,6 +258,14 @@ class Training:
                 found[name] = float(value)
         logger.dump()  # which clears it
         return found
+
+
+@contextmanager
+def whole_sequences() -> Iterator[None]:
+    """Without SB3's warning of tokens left over: minibatches are filled with whole sequences."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+        yield
 
 
 class AlgorithmState:
