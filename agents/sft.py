@@ -29,8 +29,9 @@ from textgym.checkpoint import best_checkpoint
 from textgym.episodes import SequenceBatch
 from textgym.learning import GuardedOptimizer, check_positive, check_setup, learning_rate
 from textgym.rollout import PromptQueue
-from textgym.runs import Result, Run, Stateful, evaluate_policy, read_policy
+from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.streams import mix64
+from textgym.weights import read_policy
 
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy

@@ -46,8 +46,9 @@ from textgym.commands.report import (
 from textgym.commands.setup import TaskMaker
 from textgym.learning import NonFiniteError, UnscoredError
 from textgym.logging import plot_learning_curve, read_metrics
-from textgym.runs import Result, read_policy
+from textgym.runs import Result
 from textgym.tokens import EMBEDDED
+from textgym.weights import read_policy
 
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
