@@ -30,7 +30,7 @@ from textgym.learning import NonFiniteError, UnscoredError
 from textgym.logging import GLOSSARY, read_metrics
 from textgym.mdp import TokenMDP
 from textgym.rollout import collect
-from textgym.sb3.training import replayed, saved_row
+from textgym.sb3.state import replayed, saved_row
 from textgym.vector import TextGenVectorEnv
 from textgym.vector_wrappers import AllowedTokens
 from textgym.wrappers import reference_tokens

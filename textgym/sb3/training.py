@@ -7,14 +7,13 @@ last one ended; what is around that call is the loop of textgym's own agents.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
@@ -28,11 +27,11 @@ from textgym.learning import (
     check_setup,
     learning_rate,
 )
-from textgym.mdp import RowState, TokenMDP
 from textgym.returns import check_unit
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.sb3.callbacks import SampleTextCallback, TextMetricsCallback
 from textgym.sb3.kl import ReferenceKL
+from textgym.sb3.state import AlgorithmState
 from textgym.sb3.vec_env import SB3VecEnv
 from textgym.streams import mix64
 
@@ -184,7 +183,9 @@ class Training:
                 from before it.
         """
         algorithm.set_logger(Logger(folder=None, output_formats=[]))
-        parts: dict[str, Stateful] = {"algorithm": AlgorithmState(algorithm, self)}
+        parts: dict[str, Stateful] = {
+            "algorithm": AlgorithmState(algorithm, self.envs, self.metrics)
+        }
         if self.kl is not None:
             parts["kl"] = self.kl.controller
         with Run(
@@ -266,79 +267,6 @@ def whole_sequences() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "You have specified a mini-batch size")
         yield
-
-
-class AlgorithmState:
-    """What a checkpoint keeps of an algorithm, its environments and callbacks.
-
-    The episodes of a rollout go on in the next one, so that those under way are kept too: as
-    prompt and actions, which are taken again when they are loaded.
-    """
-
-    def __init__(self, algorithm: OnPolicyAlgorithm, training: Training) -> None:
-        self.algorithm, self.training = algorithm, training
-        inner: Any = training.envs.envs.unwrapped
-        self.mdp: TokenMDP = inner.mdp
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs."""
-        algorithm: Any = self.algorithm
-        rows = [saved_row(self.mdp.get_state(i)) for i in range(self.mdp.num_envs)]
-        return {
-            "num_timesteps": algorithm.num_timesteps,
-            "n_updates": algorithm._n_updates,
-            "optimizer": algorithm.policy.optimizer.state_dict(),
-            "draws": algorithm.policy.draws.get_state(),
-            "shuffles": algorithm.rollout_buffer.rng.bit_generator.state,
-            "rows": rows if algorithm.num_timesteps else [],
-            "metrics": self.training.metrics.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
-        algorithm: Any = self.algorithm
-        algorithm.num_timesteps = state["num_timesteps"]
-        algorithm._n_updates = state["n_updates"]
-        algorithm.policy.optimizer.load_state_dict(state["optimizer"])
-        algorithm.policy.draws.set_state(state["draws"])
-        algorithm.rollout_buffer.rng.bit_generator.state = state["shuffles"]
-        self.training.metrics.load_state_dict(state["metrics"])
-        if state["rows"]:
-            algorithm._last_obs = self.training.envs.resume(replayed(self.mdp, state["rows"]))
-            algorithm._last_episode_starts = self.mdp.steps == 0
-
-
-def saved_row(state: RowState) -> dict[str, Any]:
-    """An episode as plain numbers: its prompt, and the actions that were taken."""
-    response = state.ids[state.prompt_length :]
-    own = np.ones(len(response), bool)
-    if state.replied is not None:
-        own = ~state.replied[state.prompt_length : len(state.ids)]
-    return {
-        "prompt_row": state.prompt_row,
-        "stream": state.stream,
-        "seed": state.seed,
-        "episode": state.episode,
-        "actions": response[own].tolist(),
-    }
-
-
-def replayed(mdp: TokenMDP, rows: list[dict[str, Any]]) -> list[RowState]:
-    """Take the actions of saved episodes again; what they were paid so far is paid again."""
-    again = TokenMDP(mdp.task, len(rows), mdp.max_episode_steps)
-    again.begin(
-        np.arange(len(rows)),
-        np.array([row["prompt_row"] for row in rows]),
-        np.array([row["stream"] for row in rows], np.uint64),
-    )
-    taken = np.array([len(row["actions"]) for row in rows])
-    for step in range(int(taken.max(initial=0))):
-        live = taken > step
-        again.step(np.array([(row["actions"] + [0] * (step + 1))[step] for row in rows]), live)
-    return [
-        replace(again.get_state(i), seed=row["seed"], episode=row["episode"])
-        for i, row in enumerate(rows)
-    ]
 
 
 class _RolloutDone(BaseCallback):
