@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from textgym.agents import PPO, REINFORCE, PPOConfig, REINFORCEConfig
+from textgym.agents import PPO, REINFORCE, SB3PPO, PPOConfig, REINFORCEConfig, SB3PPOConfig
 from textgym.policies import CausalLMPolicy, random_causal_lm
 from textgym.rollout import collect
 from textgym.runs import Result
@@ -44,6 +44,19 @@ PPO_CONFIG = PPOConfig(
 REINFORCE_CONFIG = REINFORCEConfig(
     episodes=EPISODES, lr=1e-3, lr_final=0.0, whiten=True, ent_coef=0.1, eval_every=0
 )
+SB3_PPO_CONFIG = SB3PPOConfig(
+    epochs=2,
+    lr=1e-3,
+    lr_final=0.0,
+    target_kl=0.02,
+    max_grad_norm=0.3,
+    gae_lambda=0.9,
+    vf_coef=0.25,  # of a loss without the half
+    vf_clip_coef=None,
+    ent_coef=0.1,
+    eval_every=0,
+)
+SB3_STEPS = {"Bandit": 1, "Echo": 4, "StopEarly": 4, "Chain": 3, "HighLow": 3}  # of a rollout
 BUDGETS = {  # action tokens of a run
     "Bandit": 40_000,
     "Echo": 400_000,
@@ -111,9 +124,17 @@ def learn_reinforce(
     return REINFORCE(policy, envs, replace(REINFORCE_CONFIG, seed=seed)).learn(budget, quiet=True)
 
 
+def learn_sb3_ppo(policy: CausalLMPolicy, envs: TextGenVectorEnv, seed: int, budget: int) -> Result:
+    steps = next(n for name, n in SB3_STEPS.items() if type(envs).__name__.startswith(name))
+    same_step = type(envs)(envs.task, EPISODES, autoreset_mode="SameStep")
+    config = replace(SB3_PPO_CONFIG, seed=seed, n_steps=steps)
+    return SB3PPO(policy, same_step, config).learn(budget, quiet=True)
+
+
 LEARNERS: dict[str, Callable[[CausalLMPolicy, TextGenVectorEnv, int, int], Result]] = {
     "PPO": learn_ppo,
     "REINFORCE": learn_reinforce,
+    "SB3PPO": learn_sb3_ppo,
 }
 
 
