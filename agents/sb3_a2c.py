@@ -108,6 +108,7 @@ class SB3A2C:
             reference=reference,
             folder=folder,
         )
+        self.training.batch_size(1)  # one minibatch, which must have two tokens
         self.algorithm = A2C(
             CausalLMActorCriticPolicy,
             rollout_buffer_class=SequenceRolloutBuffer,

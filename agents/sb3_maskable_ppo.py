@@ -27,6 +27,8 @@ class SB3MaskablePPOConfig(SB3PPOConfig):
 class SB3MaskablePPO(SB3PPO):
     """The recipe; `learn` trains `policy` in place, `algorithm` is sb3-contrib's own object."""
 
+    masks = True
+
     def make(self, options: dict[str, Any]) -> Any:
         """The algorithm."""
         policy = MaskableCausalLMActorCriticPolicy  # says how to install sb3-contrib

@@ -103,6 +103,7 @@ class SB3PPO:
     """The recipe; `learn` trains `policy` in place, `algorithm` is SB3's own object."""
 
     autoreset_mode = "SameStep"
+    masks = False  # whether the algorithm heeds those of the environment
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class SB3PPO:
             eval_envs=eval_envs,
             reference=reference,
             folder=folder,
+            masks=self.masks,
         )
         options = self.training.options | ppo_options(self.config, self.training)
         with whole_sequences():
@@ -166,7 +168,7 @@ def ppo_options(config: SB3PPOConfig, training: Training) -> dict[str, Any]:
     return {
         "n_epochs": config.epochs,
         # A minibatch is filled with whole sequences until it has as many tokens.
-        "batch_size": max(2, training.num_tokens // config.minibatches),
+        "batch_size": training.batch_size(config.minibatches),
         "clip_range": config.clip_coef,
         "clip_range_vf": config.vf_clip_coef,
         "ent_coef": config.ent_coef,

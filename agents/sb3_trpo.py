@@ -123,6 +123,7 @@ class SB3TRPO:
             reference=reference,
             folder=folder,
         )
+        self.training.batch_size(cfg.sub_sampling)  # the policy's step must have two tokens, too
         with whole_sequences():
             self.algorithm = TRPO(
                 CausalLMActorCriticPolicy,
@@ -133,7 +134,7 @@ class SB3TRPO:
                 line_search_max_iter=cfg.line_search_steps,
                 sub_sampling_factor=cfg.sub_sampling,
                 n_critic_updates=cfg.value_epochs,
-                batch_size=max(2, self.training.num_tokens // cfg.value_minibatches),
+                batch_size=self.training.batch_size(cfg.value_minibatches),
                 **self.training.options,
             )
 

@@ -136,8 +136,24 @@ def check_rl_config(config: Any) -> None:
             f"episodes must be a multiple of group_size ({config.group_size}), "
             f"got {config.episodes}"
         )
+    check_not_negative(config, *NOT_NEGATIVE)
     check_unit("gamma", config.gamma)
     check_above_0(config, "max_grad_norm")
+
+
+NOT_NEGATIVE = ("warmup_updates", "lr_final", "vf_coef", "exact_kl_episodes", "samples")
+"""Fields of configs that sample, where they have them, that may be 0 and no less."""
+
+
+def check_not_negative(config: Any, *names: str) -> None:
+    """Check that fields of a config are at least 0; it need not have all of them.
+
+    Raises:
+        ValueError: Naming the first that is not.
+    """
+    for name in names:
+        if getattr(config, name, 0) < 0:
+            raise ValueError(f"{name} must be at least 0, got {getattr(config, name)}")
 
 
 def check_above_0(config: Any, *names: str) -> None:

@@ -188,12 +188,12 @@ def reference_tokens(task: Any, column: str = "references") -> list[int]:
             f"columns are {list(task.prompts.columns)}"
         )
     found = set(task.stop_ids)
-    for text in task.stop_strings:
-        found.update(task.tokenizer.encode_plain(text))
+    endings = ["", *task.stop_strings]  # each may be written in one token with what is before it
     for row in range(len(task.prompts)):
         references = task.prompts[row][column]
         for text in [references] if isinstance(references, str) else references:
-            found.update(task.tokenizer.encode_plain(text))
+            for ending in endings:
+                found.update(task.tokenizer.encode_plain(text + ending))
     return sorted(int(i) for i in found)
 
 

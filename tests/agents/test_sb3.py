@@ -25,12 +25,13 @@ from textgym.agents import (
     SB3PPOConfig,
     SB3TRPOConfig,
 )
-from textgym.checkpoint import CheckpointError
+from textgym.checkpoint import CheckpointError, OtherRunError
 from textgym.learning import NonFiniteError, UnscoredError
 from textgym.logging import GLOSSARY, read_metrics
 from textgym.mdp import TokenMDP
 from textgym.rollout import collect
 from textgym.sb3.state import replayed, saved_row
+from textgym.shaping import exact_kl
 from textgym.vector import TextGenVectorEnv
 from textgym.vector_wrappers import AllowedTokens
 from textgym.wrappers import reference_tokens
@@ -61,7 +62,9 @@ def make_agent(make_envs: Any, make_policy: Any) -> Any:
         kind, usual = AGENTS[name]
         settings = {k: knobs.pop(k) for k in ("seed", "lora", "family") if k in knobs}
         held_out = make_envs(**knobs)
-        envs: Any = TextGenVectorEnv(held_out.task, 8, autoreset_mode="SameStep")
+        envs: Any = TextGenVectorEnv(
+            held_out.task, knobs.get("num_envs", 8), autoreset_mode="SameStep"
+        )
         if name == "maskable-ppo":
             envs = AllowedTokens(envs, reference_tokens(held_out.task))
         policy = make_policy(**settings)
@@ -95,6 +98,8 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(
         pieces.learn(TOKENS, quiet=True, resume=True, max_updates=updates)
     assert torch.equal(parameters(whole), parameters(pieces))
     assert lines(tmp_path / "whole") == lines(tmp_path / "pieces")
+    samples = [(tmp_path / run / "samples.jsonl").read_text() for run in ("whole", "pieces")]
+    assert samples[0] == samples[1]
 
 
 def test_a_run_whose_rewards_are_paid_on_every_token_resumes_bit_for_bit(
@@ -189,11 +194,12 @@ def test_tokens_that_no_number_of_minibatches_divides(make_agent: Any) -> None:
 
 
 def test_runs_of_other_seeds_share_no_episodes(make_agent: Any) -> None:
-    seeds = [
-        set(make_agent("ppo", config=SB3PPOConfig(seed=seed)).training.envs._seeds)
-        for seed in (0, 1)
-    ]
-    assert len(seeds[0]) == 8 and not seeds[0] & seeds[1]
+    streams = []
+    for seed in (0, 1):
+        agent = make_agent("ppo", config=SB3PPOConfig(seed=seed, eval_every=0))
+        agent.learn(56, quiet=True)
+        streams.append(set(agent.training.envs.envs.mdp.seed.tolist()))
+    assert len(streams[0]) == 8 and not streams[0] & streams[1]
 
 
 def test_learning_moves_the_reward(make_agent: Any) -> None:
@@ -266,7 +272,7 @@ def test_nothing_that_is_not_finite_is_saved(make_agent: Any, tmp_path: Path) ->
             next(iter(agent.policy.parameters())).data[0, 0] = float("nan")
 
     agent.algorithm.train = broken
-    with pytest.raises(NonFiniteError, match="lower lr"):
+    with pytest.raises(NonFiniteError, match="Too high a learning rate"):
         agent.learn(TOKENS, quiet=True)
     again = make_agent("ppo", tmp_path)
     again.learn(TOKENS, quiet=True, resume=True)
@@ -309,8 +315,115 @@ def test_parts_that_do_not_fit_are_refused(make_envs: Any, make_policy: Any) -> 
         SB3PPO(make_policy(), envs, SB3PPOConfig(kl_coef=0.1, kl_target=1.0, kl_horizon=1))
     with pytest.raises(ValueError, match="gae_lambda"):
         SB3TRPOConfig(gae_lambda=1.5)
+    for name in ("warmup_updates", "lr_final", "vf_coef", "samples", "exact_kl_episodes"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0"):
+            SB3A2CConfig(**{name: -1})
     with pytest.raises(ValueError, match="lr must be above 0"):
         SB3A2CConfig(lr=0.0)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_a_run_keeps_its_rows(make_agent: Any, tmp_path: Path, rows: int) -> None:
+    make_agent("ppo", tmp_path).learn(120, quiet=True, max_updates=1)
+    other = make_agent("ppo", tmp_path, num_envs=rows)
+    with pytest.raises(OtherRunError, match=f"8 rows and this environment {rows}"):
+        other.learn(TOKENS, quiet=True, resume=True)
+
+
+def test_a_run_keeps_its_budget(make_agent: Any, tmp_path: Path) -> None:
+    agent = make_agent("ppo", tmp_path)
+    agent.learn(120, quiet=True, max_updates=1)
+    assert agent.training.envs.envs.mdp.steps.max() > 1
+    other = make_agent("ppo", tmp_path, max_new_tokens=1)
+    with pytest.raises(OtherRunError, match="the stops and the budget that it had"):
+        other.learn(TOKENS, quiet=True, resume=True)
+
+
+@pytest.mark.parametrize("name", list(AGENTS))
+def test_rollouts_too_small_to_learn_from_are_refused(make_agent: Any, name: str) -> None:
+    config = dataclasses.replace(AGENTS[name][1], n_steps=1)
+    with pytest.raises(ValueError, match="1 rows and 1 steps is too small"):
+        make_agent(name, config=config, num_envs=1)
+
+
+@pytest.mark.parametrize("name", ["ppo", "maskable-ppo"])
+def test_small_minibatches_stay_finite(make_agent: Any, name: str) -> None:
+    """A minibatch of one token has no standard deviation."""
+    config = dataclasses.replace(AGENTS[name][1], n_steps=3, minibatches=1, checkpoint_every=100)
+    agent = make_agent(name, config=config, num_envs=1)
+    agent.learn(60, quiet=True)
+    assert torch.isfinite(parameters(agent)).all()
+
+
+def test_masks_that_an_algorithm_would_not_heed_are_refused(
+    make_envs: Any, make_policy: Any
+) -> None:
+    envs: Any = TextGenVectorEnv(make_envs().task, 8, autoreset_mode="SameStep")
+    for agent in (SB3PPO, SB3A2C, SB3TRPO):
+        with pytest.raises(ValueError, match="sb3-maskable-ppo"):
+            agent(make_policy(), AllowedTokens(envs, [0, 1]))
+
+
+# peft asks transformers a deprecated question.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_an_algorithm_with_adapters_is_saved_and_loaded(make_agent: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    agent = make_agent("ppo", lora=2)
+    agent.learn(120, quiet=True)
+    agent.algorithm.save(tmp_path / "saved.zip")
+    loaded = type(agent.algorithm).load(tmp_path / "saved.zip", device="cpu")
+    obs = agent.training.envs.reset()
+    actions = [a.predict(obs, deterministic=True)[0] for a in (agent.algorithm, loaded)]
+    np.testing.assert_array_equal(*actions)
+
+
+@pytest.mark.parametrize("n_steps", [1, 3, 6, 8])
+def test_kl_is_per_response_whatever_a_rollout_cuts(make_agent: Any, n_steps: int) -> None:
+    """Responses of 4 tokens of a policy that stands still; rollouts that fit them or do not."""
+    config = SB3PPOConfig(
+        n_steps=n_steps, minibatches=1, lr=1e-12, eval_every=0, kl_coef=0.1, exact_kl_episodes=99
+    )
+    kwargs: dict[str, Any] = {"stop": (), "num_envs": 32}
+    agent = make_agent("ppo", config=config, **kwargs)
+    with torch.no_grad():
+        agent.policy.model.get_input_embeddings().weight.mul_(3.0)
+    history = agent.learn(32 * 24, quiet=True).history
+    told = [line for line in history if "kl/ref" in line]
+    assert len(told) == len([line for line in history if "rollout/response_length" in line])
+    assert {line["rollout/response_length"] for line in told} == {4.0}
+    episodes = collect(agent.policy, agent.training.eval_envs, 256, seed=0)
+    expected = exact_kl(agent.policy, agent.training.reference, episodes, 256, None)
+    means = [np.mean([line[name] for line in told]) for name in ("kl/ref", "kl/ref_exact")]
+    assert means[0] == pytest.approx(expected, rel=0.35)
+    assert means[1] == pytest.approx(expected, rel=0.15)
+
+
+def test_a_second_try_from_the_start_is_the_same_run(make_agent: Any, tmp_path: Path) -> None:
+    whole = make_agent("ppo")
+    whole.learn(TOKENS, quiet=True)
+    agent = make_agent("ppo", tmp_path)
+    train = agent.algorithm.train
+    agent.algorithm.train = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        agent.learn(TOKENS, quiet=True)
+    assert agent.algorithm.rollout_buffer.before_returns == []
+    agent.algorithm.train = train
+    agent.learn(TOKENS, quiet=True, resume=True)
+    assert torch.equal(parameters(whole), parameters(agent))
+
+
+def test_a_dense_reward_that_fails_early_shows_its_traceback(make_agent: Any) -> None:
+    from textgym.rewards import dense
+
+    def fails(text: str) -> float:
+        raise ZeroDivisionError("my early bug")
+
+    agent = make_agent("ppo", reward=dense(fails, gamma=1.0))
+    with (
+        pytest.warns(UserWarning, match="whole text again"),
+        pytest.raises(UnscoredError, match="my early bug"),
+    ):
+        agent.learn(TOKENS, quiet=True)
 
 
 def test_the_same_seed_gives_the_same_run_and_leaves_the_process_alone(make_agent: Any) -> None:

@@ -64,7 +64,8 @@ class TrainArgs(TaskArgs):
     resume: bool = False
     """Go on with the run in --folder, with its options but for those that are given again."""
     num_envs: int = 64
-    """Rows of the vector environment; changes speed, not results (but is SB3's `n_envs`)."""
+    """Rows of the vector environment; changes speed, not results. With SB3's algorithms it is their
+    `n_envs`, which does, and which a run keeps."""
     device: str = "auto"
     """Where the model lives: "auto" is CUDA if there is any, else the CPU."""
     dtype: str | None = None

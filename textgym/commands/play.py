@@ -56,6 +56,8 @@ class Game:
     def __init__(self, args: PlayArgs, console: Console) -> None:
         self.args, self.console = args, console
         with reported():
+            if args.allowed_tokens is not None:
+                raise ValueError("play forbids no tokens: leave out --allowed-tokens")
             maker = TaskMaker(args)
             self.env = maker.single(args.split)
         self.model = maker.model

@@ -66,7 +66,7 @@ class TaskArgs:
     stop: Names = ()
     """A stop string; may be given several times."""
     allowed_tokens: Literal["references"] | None = None
-    """Forbid policies all tokens that the references of training prompts are not written with."""
+    """Forbid agents all tokens that the references of training prompts are not written with."""
 
 
 def reward_of(expression: str) -> Reward | Schedule:
@@ -134,6 +134,7 @@ class TaskMaker:
     def __init__(self, args: TaskArgs) -> None:
         self.tables = load_tables(args)
         self.allowed_tokens = args.allowed_tokens
+        self._allowed: list[int] | None = None
         own = self.tables is not None
         self.id = args.env or ("TextGen-v0" if own else "textgym/DataToText-v0")
         if self.id not in [entry.id for entry in ENVIRONMENTS]:
@@ -177,7 +178,9 @@ class TaskMaker:
         envs: Any = gym.make_vec(self.id, num_envs, "vector_entry_point", **arguments).unwrapped
         if self.allowed_tokens is None:
             return envs
-        return AllowedTokens(envs, reference_tokens(self.single("train").task))
+        if self._allowed is None:
+            self._allowed = reference_tokens(self.single("train").task)
+        return AllowedTokens(envs, self._allowed)
 
     def single(self, split: Split) -> Any:
         """A single environment."""

@@ -75,9 +75,9 @@ def run_sft(arguments: Sequence[str]) -> int:
 
 
 def _run(agent: str, arguments: Sequence[str]) -> int:
-    args, config = parse(agent, arguments)
     console = Console(highlight=False)
     with reported():
+        args, config = parse(agent, arguments)
         training = Training(agent, args, config, console)
     return training.run()
 

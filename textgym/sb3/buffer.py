@@ -108,6 +108,7 @@ class SequenceRollouts:
     Attributes:
         store: The sequences.
         counted: Bool `[T, N]`: tokens that are trained on; those of unscored episodes are not.
+        ends: Bool `[T, N]`: the last tokens of episodes; known when returns are computed.
         before_returns: Called with the buffer when it is full, before returns are computed; may
             change `rewards` (`ReferenceKL` does).
     """
@@ -127,6 +128,7 @@ class SequenceRollouts:
     episode_starts: NDArray[np.float32]
     store: SequenceStore
     counted: NDArray[np.bool_]
+    ends: NDArray[np.bool_]
     before_returns: list[Callable[[Any], None]]
     rng: np.random.Generator
     obs_shape: Any
@@ -181,7 +183,8 @@ class SequenceRollouts:
             UnscoredError: If more than 20 % of the episodes that ended have no score.
         """
         self.store.close()
-        self.ended = int(self.episode_starts[1:].sum() + np.asarray(dones).sum())
+        self.ends = np.vstack([self.episode_starts[1:], np.asarray(dones)[None]]).astype(np.bool_)
+        self.ended = int(self.ends.sum())
         if self.unscored > UNSCORED_LIMIT * self.ended:
             raise UnscoredError(
                 f"{self.unscored} of {self.ended} episodes have no score, more than "
@@ -222,7 +225,7 @@ class SequenceRollouts:
         """Numbers of the sequences of each minibatch, shuffled.
 
         A minibatch is whole sequences with at least `batch_size` tokens; a rest of less than half
-        of that joins the one before it.
+        of that, or of one token (which has no standard deviation), joins the one before it.
         """
         tokens = np.bincount(self.store.sequence[self.counted], minlength=len(self.store.finished))
         shuffled = self.rng.permutation(np.flatnonzero(tokens))
@@ -238,7 +241,7 @@ class SequenceRollouts:
                 size = 0
             groups[-1].append(int(number))
             size += int(tokens[number])
-        if len(groups) > 1 and 2 * size < batch_size:
+        if len(groups) > 1 and (2 * size < batch_size or size < 2):
             rest = groups.pop()
             groups[-1] += rest
         yield from (np.array(group) for group in groups if group)

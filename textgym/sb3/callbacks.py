@@ -13,6 +13,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textgym.learning import UNSCORED_LIMIT, UnscoredError
+from textgym.metrics import spread
 from textgym.task import STOP_REASONS
 
 
@@ -70,8 +71,10 @@ class TextMetricsCallback(BaseCallback):
             self._traceback = self._traceback or info["reward_traceback"]
         else:
             self._ended.append(self._parts[row])
+            # Monitors know the episode from its start, also where this callback was not there.
+            known = info.get("episode", {"r": self._scores[row], "l": self._tokens[row]})
             reason = str(info.get("stop_reason"))
-            self._found.append((float(self._scores[row]), int(self._tokens[row]), reason))
+            self._found.append((float(known["r"]), int(known["l"]), reason))
         self._parts[row], self._tokens[row], self._scores[row] = defaultdict(float), 0, 0.0
 
     def _on_rollout_end(self) -> None:
@@ -120,7 +123,7 @@ class SampleTextCallback(BaseCallback):
     Args:
         path: The file; lines are appended. None: they are only in `records`.
         every: Rollouts between two writings.
-        samples: Completions of one writing.
+        samples: Completions of one writing, spread over those that ended in the rollout.
         verbose: As in SB3.
 
     Attributes:
@@ -152,6 +155,7 @@ class SampleTextCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._rollout += 1
+        self._ended: list[tuple[dict[str, Any], list[tuple[Any, ...]], int]] = []
         if (self._rollout - 1) % self.every == 0:
             self.records = []
             if self.every > 1:  # what was not watched to its end is none of the episodes now open
@@ -170,17 +174,30 @@ class SampleTextCallback(BaseCallback):
                 self._open[i] = []
                 # Scored and whole completions only: what began in a rollout that is not written is
                 # not known from its start.
-                whole = info.get("episode", {}).get("l") == len(tokens)
-                if whole and len(self.records) < self.samples:
-                    self._write(info, tokens)
+                if info.get("episode", {}).get("l") == len(tokens):
+                    self._ended.append((info, tokens, self.num_timesteps))
         return True
 
-    def _write(self, info: dict[str, Any], tokens: list[tuple[Any, ...]]) -> None:
+    def _on_rollout_end(self) -> None:
+        for k in spread(len(self._ended), self.samples):
+            self._write(*self._ended[k])
+        self._ended = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of the episodes that are not over."""
+        return {"open": self._open, "rollout": self._rollout}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self._open = [list(tokens) for tokens in state["open"]]
+        self._rollout = state["rollout"]
+
+    def _write(self, info: dict[str, Any], tokens: list[tuple[Any, ...]], timesteps: int) -> None:
         ids, rewards, values, logprobs = zip(*tokens, strict=True)
         last = info["terminal_observation"]
         prompt = last["input_ids"][: int(last["prompt_length"][0])]
         record = {
-            "timesteps": self.num_timesteps,
+            "timesteps": timesteps,
             "prompt": self._tokenizer.decode(prompt.tolist()),
             "text": info.get("text"),
             "stop_reason": info.get("stop_reason"),

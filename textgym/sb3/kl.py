@@ -9,11 +9,13 @@ so the callback leaves a function with the buffer, which calls it first.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
 from textgym.kl import AdaptiveKL, FixedKL, KLController, k1
@@ -29,7 +31,7 @@ class ReferenceKL(BaseCallback):
 
     k1 = log pi(a|s) - log ref(a|s), so that return-to-go at gamma 1 has the gradient of the exact
     KL (Ziegler et al. 2019, equation 2). Logged: `kl/beta`, `kl/ref` (sampled) and `kl/ref_exact`
-    (full distributions), in nats a response.
+    (full distributions), in nats a response, over the responses that ended in the rollout.
 
     Args:
         beta: Price of one nat; with `target`, its first value.
@@ -62,6 +64,7 @@ class ReferenceKL(BaseCallback):
         )
         self.reference: Any = reference
         self.exact_sequences = exact_sequences
+        self._open: list[tuple[float, int]] = []  # KL and tokens so far of each row's response
 
     def _on_training_start(self) -> None:
         policy, buffer = self.model.policy, getattr(self.model, "rollout_buffer", None)
@@ -83,11 +86,18 @@ class ReferenceKL(BaseCallback):
                 value_head=False,
             )
         self.reference.to(self.lm.device)
+        if not self.num_timesteps or len(self._open) != self.training_env.num_envs:
+            self._open = [(0.0, 0)] * self.training_env.num_envs
         if self._price not in buffer.before_returns:
             buffer.before_returns.append(self._price)
 
     def _on_training_end(self) -> None:
-        self.model.rollout_buffer.before_returns.remove(self._price)  # type: ignore[attr-defined]
+        self.detach(self.model.rollout_buffer)  # type: ignore[attr-defined]
+
+    def detach(self, buffer: Any) -> None:
+        """Leave a buffer alone from now on; needed where training ended by an exception."""
+        if self._price in buffer.before_returns:
+            buffer.before_returns.remove(self._price)
 
     def _on_step(self) -> bool:
         return True
@@ -95,25 +105,58 @@ class ReferenceKL(BaseCallback):
     @torch.no_grad()
     def _price(self, buffer: Any) -> None:
         beta = self.controller.beta
-        numbers = np.arange(len(buffer.store.finished))
-        total, exact, measured = 0.0, 0.0, 0
-        for begin in range(0, len(numbers), SEQUENCES):
-            batch, where = buffer.sequences(numbers[begin : begin + SEQUENCES])
+        kl = np.zeros(buffer.counted.shape)
+        for numbers in self._sequences(buffer):
+            batch, where = buffer.sequences(numbers)
             theirs = self.reference.evaluate(batch, entropy=False).logprob.double().cpu()
-            price = k1(torch.from_numpy(buffer.log_probs[where]).double(), theirs).numpy()
-            buffer.rewards[where] -= beta * price
-            total += float(price.sum())
-            if begin < self.exact_sequences:
-                exact += float(self.lm.kl(self.reference, batch).double().sum())
-                measured += len(price)
-        counted = int(buffer.counted.sum())
-        # Episodes that the buffer cuts count by their tokens.
-        responses = max(buffer.ended - buffer.unscored, 0)
+            kl[where] = k1(torch.from_numpy(buffer.log_probs[where]).double(), theirs).numpy()
+        buffer.rewards -= (beta * kl).astype(buffer.rewards.dtype)
         self.logger.record("kl/beta", beta)
-        if counted and responses:
-            length = counted / responses
-            self.logger.record("kl/ref", total / responses)
+        ended = self._responses(buffer, kl)
+        if not ended:
+            return
+        mean, length = (float(x) for x in np.mean(ended, axis=0))
+        self.logger.record("kl/ref", mean)
+        if self.exact_sequences:
+            exact, measured = 0.0, 0
+            for numbers in self._sequences(buffer, self.exact_sequences):
+                batch, _ = buffer.sequences(numbers)
+                exact += float(self.lm.kl(self.reference, batch).double().sum())
+                measured += len(batch.row)
             if measured:
                 self.logger.record("kl/ref_exact", exact / measured * length)
-            if math.isfinite(total):
-                self.controller.update(total / responses, responses)
+        if math.isfinite(mean):
+            self.controller.update(mean, len(ended))
+
+    def _sequences(self, buffer: Any, count: int | None = None) -> Iterator[Any]:
+        """Numbers of the first `count` sequences that are trained on, some at a time."""
+        numbers = np.unique(buffer.store.sequence[buffer.counted])[:count]
+        for begin in range(0, len(numbers), SEQUENCES):
+            yield numbers[begin : begin + SEQUENCES]
+
+    def _responses(self, buffer: Any, kl: NDArray[np.float64]) -> list[tuple[float, int]]:
+        """KL and length of each response that ended here, what came before this rollout included.
+
+        Those without a score are left out; what is known of those that go on is kept.
+        """
+        found = []
+        for row in range(kl.shape[1]):
+            begin = 0
+            for last in np.flatnonzero(buffer.ends[:, row]):
+                span = slice(begin, begin := int(last) + 1)
+                total, tokens = self._open[row]
+                if buffer.counted[last, row]:
+                    found.append((total + float(kl[span, row].sum()), tokens + begin - span.start))
+                self._open[row] = (0.0, 0)
+            total, tokens = self._open[row]
+            self._open[row] = (total + float(kl[begin:, row].sum()), tokens + len(kl) - begin)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The price, and what is known of the responses that are not over."""
+        return {"controller": self.controller.state_dict(), "open": self._open}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self.controller.load_state_dict(state["controller"])
+        self._open = [(float(total), int(tokens)) for total, tokens in state["open"]]

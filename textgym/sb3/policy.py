@@ -143,6 +143,7 @@ class CausalLMActorCritic(BasePolicy):
             "temperature": self.lm.temperature,
             "sampler": self.lm.sampler.method,
             "logit_chunk": self.lm.logit_chunk,
+            "lora": given.get("lora") or _adapters(self.lm),
         }
         self.draws = torch.Generator().manual_seed(given["seed"])
         self._rows_of_first_call = 0
@@ -319,6 +320,12 @@ def _all_set(lm: CausalLMPolicy, vocab_size: int, given: Mapping[str, Any]) -> C
             f"{lm.vocab_size} and {'one' if lm.value_head is not None else 'none'}"
         )
     return lm
+
+
+def _adapters(lm: CausalLMPolicy) -> Any:
+    """Configuration of the adapters that a policy came with; None where it has none."""
+    configs: Mapping[str, Any] = getattr(lm.model, "peft_config", {})
+    return next(iter(configs.values()), None)
 
 
 def _check_algorithm(algorithm: BaseAlgorithm | None) -> None:

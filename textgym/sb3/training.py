@@ -21,8 +21,10 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from textgym.kl import AdaptiveKL
 from textgym.learning import (
+    NOT_NEGATIVE,
     NonFiniteError,
     check_above_0,
+    check_not_negative,
     check_positive,
     check_setup,
     learning_rate,
@@ -64,6 +66,7 @@ def check_config(config: Any) -> None:
         ValueError: Naming the first number that could not be trained with.
     """
     check_positive(config, "checkpoint_every", "keep", "eval_episodes")
+    check_not_negative(config, *NOT_NEGATIVE)
     if config.n_steps is not None:
         check_positive(config, "n_steps")
     check_unit("gamma", config.gamma)
@@ -94,6 +97,7 @@ class Training:
         reference: What `kl_coef` prices the distance to. None: the policy as it is now, where there
             is a price.
         folder: Where logs and checkpoints go; None: nowhere.
+        masks: Whether the algorithm heeds action masks.
 
     Raises:
         ValueError: If the parts do not fit (see `textgym.learning.check_setup`).
@@ -115,6 +119,7 @@ class Training:
         eval_envs: TextGenVectorEnv | None = None,
         reference: CausalLMPolicy | None = None,
         folder: str | Path | None = None,
+        masks: bool = False,
     ) -> None:
         if reference is None and (config.kl_coef > 0 or config.kl_target is not None):
             reference = policy.frozen_copy()
@@ -122,6 +127,11 @@ class Training:
             check_setup, policy, gamma=config.gamma, reference=reference, needs_values=True
         )
         check(envs, autoreset_mode="SameStep")
+        if envs.masks_actions and not masks:
+            raise ValueError(
+                "this environment forbids tokens, and of SB3's algorithms only MaskablePPO heeds "
+                "that: use SB3MaskablePPO (--agent sb3-maskable-ppo)"
+            )
         if eval_envs is not None:
             check(eval_envs)
         self.policy, self.config, self.title = policy, config, title
@@ -130,7 +140,7 @@ class Training:
         self.lr = UpdateLR(config.lr)
         self.envs = SB3VecEnv(envs)
         # Row i is seeded with the i-th number from here: seeds that are neighbours share no row.
-        self.envs.seed(int(mix64(config.seed, _ROWS)) >> 33)
+        self.row_seed = int(mix64(config.seed, _ROWS)) >> 33
         self.n_steps = config.n_steps or self.task.max_new_tokens
         self.num_tokens = self.n_steps * self.envs.num_envs
         self.options: dict[str, Any] = {
@@ -156,8 +166,21 @@ class Training:
                 exact_sequences=config.exact_kl_episodes,
             )
             if isinstance(self.kl.controller, AdaptiveKL):
-                self.kl.controller.check(self.envs.num_envs)  # episodes of a rollout, about
+                self.kl.controller.check(self.num_tokens)  # as many episodes at most
             self.callbacks.append(self.kl)
+
+    def batch_size(self, minibatches: int) -> int:
+        """Tokens of each of so many minibatches.
+
+        Raises:
+            ValueError: There are not two for each, of which a standard deviation could be taken.
+        """
+        if self.num_tokens < 2 * minibatches:
+            raise ValueError(
+                f"a rollout of {self.envs.num_envs} rows and {self.n_steps} steps is too small for "
+                f"{minibatches} parts of two tokens at least: take more rows or a larger n_steps"
+            )
+        return self.num_tokens // minibatches
 
     def learn(
         self,
@@ -182,26 +205,32 @@ class Training:
             NonFiniteError: If an update left a weight that is not finite; the newest checkpoint is
                 from before it.
         """
-        algorithm.set_logger(Logger(folder=None, output_formats=[]))
         parts: dict[str, Stateful] = {
-            "algorithm": AlgorithmState(algorithm, self.envs, self.metrics)
+            "algorithm": AlgorithmState(algorithm, self.envs),
+            "metrics": self.metrics,
+            "samples": self.samples,
         }
         if self.kl is not None:
-            parts["kl"] = self.kl.controller
-        with Run(
-            self.title,
-            self.policy,
-            self.config,
-            parts,
-            folder=self.folder,
-            total_tokens=total_tokens,
-            resume=resume,
-            quiet=quiet,
-            max_updates=max_updates,
-            evaluate=None if self.eval_envs is None else self._evaluate,
-            reference=self.reference,
-            tokenizer=self.task.tokenizer,
-        ) as run:
+            parts["kl"] = self.kl
+        with (
+            self._lent(algorithm),
+            Run(
+                self.title,
+                self.policy,
+                self.config,
+                parts,
+                folder=self.folder,
+                total_tokens=total_tokens,
+                resume=resume,
+                quiet=quiet,
+                max_updates=max_updates,
+                evaluate=None if self.eval_envs is None else self._evaluate,
+                reference=self.reference,
+                tokenizer=self.task.tokenizer,
+            ) as run,
+        ):
+            if algorithm._last_obs is None:
+                self.envs.seed(self.row_seed)
             run.begin()
             callbacks = [*self.callbacks, _RolloutDone(run)]
             while run.wants_more:
@@ -225,10 +254,23 @@ class Training:
             return run.result()
 
     @contextmanager
+    def _lent(self, algorithm: OnPolicyAlgorithm) -> Iterator[None]:
+        """Let the algorithm log to us, and leave it as it was, whatever happens."""
+        algorithm.set_logger(Logger(folder=None, output_formats=[]))
+        try:
+            yield
+        finally:
+            algorithm._custom_logger = False
+            if self.kl is not None:
+                self.kl.detach(algorithm.rollout_buffer)
+
+    @contextmanager
     def _own_draws(self, update: int) -> Iterator[None]:
         """Let SB3 draw from the process's generator (TRPO does), and put that back afterwards."""
         device = self.policy.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(
+            range(torch.cuda.device_count()) if device.type == "cuda" else []
+        ):
             torch.manual_seed(int(mix64(self.config.seed, update)) >> 1)
             yield
 
@@ -244,7 +286,8 @@ class Training:
             if not bool(torch.isfinite(parameter).all()):
                 raise NonFiniteError(
                     f"after this update {name} is not finite: stable-baselines3 takes every step, "
-                    "also of a loss that is not finite; lower lr or max_grad_norm"
+                    "also of a loss that is not finite. Too high a learning rate, or a minibatch "
+                    "of one token, can be the cause"
                 )
 
     @staticmethod

@@ -55,6 +55,7 @@ class SB3VecEnv(VecEnv):
         self._returns = np.zeros(envs.num_envs)
         self._lengths = np.zeros(envs.num_envs, np.int64)
         self._began = time.time()
+        self._failed: dict[int, str] = {}  # tracebacks of rewards that failed before the end
         super().__init__(
             envs.num_envs, envs.unwrapped.single_observation_space, envs.single_action_space
         )
@@ -84,6 +85,9 @@ class SB3VecEnv(VecEnv):
         if "reward" in infos:
             for i in np.flatnonzero(infos["_reward"]):
                 rows[i] = {"reward": _row(infos["reward"], i)}
+        if "reward_traceback" in infos:
+            for i in np.flatnonzero(infos["_reward_traceback"]):
+                self._failed.setdefault(int(i), infos["reward_traceback"][i])
         self._returns += reward
         self._lengths += 1
         if done.any():
@@ -92,7 +96,9 @@ class SB3VecEnv(VecEnv):
             row = rows[i] = _row(infos["final_info"], i)
             row["terminal_observation"] = infos["final_obs"][i]
             row["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+            failed = self._failed.pop(int(i), "")
             if "reward_status" in row:
+                row["reward_traceback"] = failed or row["reward_traceback"]
                 rewards.unscored[i] = True
                 rewards.traceback = rewards.traceback or row["reward_traceback"]
             else:  # what has no score is in no mean
