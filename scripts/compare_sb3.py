@@ -54,9 +54,9 @@ TASKS = {
     "textgym/Bandit-v0": Kind(40_000, 256, 256, 1, DIAGNOSTIC),
     "textgym/Echo-v0": Kind(400_000, 256, 256, 4, DIAGNOSTIC),
     "textgym/StopEarly-v0": Kind(40_000, 256, 256, 4, DIAGNOSTIC),
-    "textgym/Chain-v0": Kind(160_000, 256, 256, 3, DIAGNOSTIC),
+    "textgym/Chain-v0": Kind(160_000, 256, 256, 5, DIAGNOSTIC),
     "textgym/HighLow-v0": Kind(160_000, 256, 256, 3, DIAGNOSTIC),
-    "TextGen-v0": Kind(100_000, 64, 32, 40, TEXT),
+    "TextGen-v0": Kind(100_000, 64, 25, 40, TEXT),
 }
 
 
@@ -88,7 +88,10 @@ def train(task: str, agent: str, seed: int) -> dict[str, Any]:
         policy = make_policy(task, envs, seed)
         learner = SB3PPO(policy, envs, SB3PPOConfig(n_steps=kind.n_steps, **config))
     began = time.process_time()
-    tokens = learner.learn(kind.tokens, quiet=True).total_tokens
+    result = learner.learn(kind.tokens, quiet=True)
+    if result.interrupted:
+        raise SystemExit("interrupted: that run is not counted")
+    tokens = result.total_tokens
     seconds = time.process_time() - began
     held_out = vector("textgym/DataToText-v0" if task == "TextGen-v0" else task, 256, split="test")
     fresh = collect(policy, held_out, 1024, seed=1_000_003)

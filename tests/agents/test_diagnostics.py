@@ -56,7 +56,7 @@ SB3_PPO_CONFIG = SB3PPOConfig(
     ent_coef=0.1,
     eval_every=0,
 )
-SB3_STEPS = {"Bandit": 1, "Echo": 4, "StopEarly": 4, "Chain": 3, "HighLow": 3}  # of a rollout
+SB3_STEPS = {"Bandit": 1, "Echo": 4, "StopEarly": 4, "Chain": 5, "HighLow": 3}  # of a rollout
 BUDGETS = {  # action tokens of a run
     "Bandit": 40_000,
     "Echo": 400_000,
