@@ -69,6 +69,7 @@ class SB3VecEnv(VecEnv):
         self._reset_seeds()
         self._reset_options()
         self._returns[:], self._lengths[:] = 0.0, 0
+        self._failed.clear()
         self.reset_infos = [_row(infos, i) for i in range(self.num_envs)]
         return obs
 
