@@ -1,6 +1,6 @@
 """Rewards: values of texts, and schedules that say when they are paid."""
 
-from textgym.rewards.base import Cursor, Reward, Scores
+from textgym.rewards.base import Corpus, Cursor, Example, Reward, Scores
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.bleu import Bleu
 from textgym.rewards.errors import RewardColumnError, RewardError, TextFailure
@@ -15,8 +15,10 @@ from textgym.rewards.schedules import Payment, Schedule, Track, as_schedule, den
 __all__ = [
     "REWARDS",
     "Bleu",
+    "Corpus",
     "Cursor",
     "ExactMatch",
+    "Example",
     "LengthPenalty",
     "Payment",
     "ReferenceLogProb",

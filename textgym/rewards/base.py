@@ -68,11 +68,37 @@ class Scores:
         ]
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """A score of n texts together, as a function of sums over them.
+
+    Attributes:
+        statistics: float64 `[n, k]`, sufficient statistics of each text.
+        score: From sums `[..., k]` to scores `[...]`.
+    """
+
+    statistics: FloatArray
+    score: Callable[[FloatArray], FloatArray]
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a reward thinks of a text: shown in the gallery, checked by `textgym.checks`."""
+
+    row: Mapping[str, Any]
+    """A row of a prompt table."""
+    text: str
+    """A response to it."""
+    value: float
+    """What it earns, to within 1e-9."""
+
+
 class Reward:
     """Gives a value to each text of a batch.
 
-    Subclasses implement `score` and may implement `check` and `begin`. The bounds are finite and
-    clip nothing: `low` is what a text gets that is itself at fault for a failure.
+    Subclasses implement `score` and may implement `check`, `begin`, `corpus` and `examples`. The
+    bounds are finite and clip nothing: `low` is what a text gets that is itself at fault for a
+    failure.
 
     Attributes:
         name: The name of the component in `info["reward"]` and in logs.
@@ -106,6 +132,17 @@ class Reward:
     def begin(self, row: Mapping[str, Any]) -> Cursor | None:
         """Begin a cursor at the empty response to a prompt row; None if the reward has none."""
         return None
+
+    def corpus(self, batch: TextBatch) -> Corpus:
+        """Score the batch as a whole: the mean of its values, where nothing better is defined."""
+        values = self.evaluate(batch).values
+        known = np.isfinite(values)
+        statistics = np.stack([np.where(known, values, 0.0), known.astype(np.float64)], axis=1)
+        return Corpus(statistics, lambda sums: sums[..., 0] / sums[..., 1])
+
+    def examples(self) -> tuple[Example, ...]:
+        """Give texts with what they earn, the best first; nothing where there is no such text."""
+        return ()
 
     def parts(self) -> tuple[tuple[float, Reward], ...]:
         """Split into (weight, reward) pairs, reported one by one, whose sum is this reward."""

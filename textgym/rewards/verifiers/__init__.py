@@ -1,0 +1,1 @@
+"""Verifiers: rewards that say whether a text is right."""
