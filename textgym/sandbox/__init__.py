@@ -1,1 +1,1 @@
-"""Running what cannot be trusted: verifiers over hostile strings, and programs that a model wrote."""
+"""Running what cannot be trusted: verifiers over hostile strings, and programs by a model."""
