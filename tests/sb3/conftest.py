@@ -59,8 +59,9 @@ def make_algorithm(make_vec_env: Callable[..., SB3VecEnv]) -> Callable[..., Any]
 def collect_once() -> Callable[[Any], Any]:
     """Fill the rollout buffer once, as `learn` does."""
 
-    def collect(algorithm: Any) -> Any:
-        _, callback = algorithm._setup_learn(10**6, None)
+    def collect(algorithm: Any, callbacks: Any = None) -> Any:
+        _, callback = algorithm._setup_learn(10**6, callbacks)
+        callback.on_training_start({}, {})
         extra = {"use_masking": True} if isinstance(algorithm, MaskablePPO) else {}
         algorithm.collect_rollouts(
             algorithm.env, callback, algorithm.rollout_buffer, algorithm.n_steps, **extra

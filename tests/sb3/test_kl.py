@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 
 from textgym.policies import random_causal_lm
@@ -92,16 +93,40 @@ def test_the_optimum_is_the_tilted_reference(beta: float, watch: Any) -> None:
     assert logged["kl/ref"] == pytest.approx(exact, rel=0.5, abs=0.1)
 
 
+class KeepRewards(BaseCallback):
+    """Copies the rewards before anything has changed them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rewards: list[Any] = []
+
+    def _on_rollout_start(self) -> None:
+        buffer = self.model.rollout_buffer  # type: ignore[attr-defined]
+        buffer.before_returns.append(lambda b: self.rewards.append(b.rewards.copy()))
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_nothing_stays_of_a_callback_whose_training_failed(
+    make_algorithm: Any, collect_once: Any
+) -> None:
+    algorithm = make_algorithm()
+    train, algorithm.train = algorithm.train, lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        algorithm.learn(40, callback=ReferenceKL(5.0, reference=random_causal_lm(18, seed=9)))
+    algorithm.train = train
+    first = KeepRewards()
+    buffer = collect_once(algorithm, [first])
+    np.testing.assert_array_equal(buffer.rewards, first.rewards[0])
+
+
 def test_rewards_fall_by_the_price_of_each_token(make_algorithm: Any, collect_once: Any) -> None:
     algorithm = make_algorithm()
     price = ReferenceKL(0.3, reference=random_causal_lm(18, seed=9))
-    price.init_callback(algorithm)
-    before: list[Any] = []
-    algorithm.rollout_buffer.before_returns.append(lambda b: before.append(b.rewards.copy()))
-    price.on_training_start({}, {})
-    buffer = collect_once(algorithm)
-    price.on_training_end()
-    assert price._price not in buffer.before_returns
+    first = KeepRewards()
+    buffer = collect_once(algorithm, [first, price])
+    before = first.rewards
     numbers = np.arange(len(buffer.store.finished))
     batch, where = buffer.sequences(numbers)
     with torch.no_grad():
@@ -127,13 +152,9 @@ def test_the_reference_is_masked_as_the_policy_is(make_algorithm: Any, collect_o
     env = SB3VecEnv(AllowedTokens(envs, [3, 5, 6]))
     env.seed(0)
     algorithm = make_algorithm("MaskablePPO", env=env)
-    price = ReferenceKL(1.0)
-    price.init_callback(algorithm)
-    price.on_training_start({}, {})
-    before: list[Any] = []
-    algorithm.rollout_buffer.before_returns.insert(0, lambda b: before.append(b.rewards.copy()))
-    buffer = collect_once(algorithm)
-    np.testing.assert_allclose(buffer.rewards, before[0], atol=1e-4)  # the KL is 0 as yet
+    first = KeepRewards()
+    buffer = collect_once(algorithm, [first, ReferenceKL(1.0)])
+    np.testing.assert_allclose(buffer.rewards, first.rewards[0], atol=1e-4)  # the KL is 0 as yet
 
 
 def test_it_needs_whole_sequences(make_algorithm: Any) -> None:

@@ -110,7 +110,8 @@ class SequenceRollouts:
         counted: Bool `[T, N]`: tokens that are trained on; those of unscored episodes are not.
         ends: Bool `[T, N]`: the last tokens of episodes; known when returns are computed.
         before_returns: Called with the buffer when it is full, before returns are computed; may
-            change `rewards` (`ReferenceKL` does).
+            change `rewards` (`ReferenceKL` does). `reset` empties it, and callbacks add to it when
+            a rollout starts, so that nothing stays of a callback that is gone.
     """
 
     buffer_size: int
@@ -145,7 +146,6 @@ class SequenceRollouts:
         seed: int | None = None,
     ) -> None:
         self.rng = np.random.default_rng(torch.initial_seed() if seed is None else seed)
-        self.before_returns = []
         super().__init__(  # type: ignore[call-arg]
             buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
         )
@@ -159,6 +159,7 @@ class SequenceRollouts:
         self.store = SequenceStore(self.buffer_size, self.n_envs, columns)
         self.counted = np.ones((self.buffer_size, self.n_envs), np.bool_)
         self.ended = self.unscored = 0
+        self.before_returns = []
         self._traceback = ""
 
     def add_sequences(

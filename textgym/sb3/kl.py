@@ -88,16 +88,9 @@ class ReferenceKL(BaseCallback):
         self.reference.to(self.lm.device)
         if not self.num_timesteps or len(self._open) != self.training_env.num_envs:
             self._open = [(0.0, 0)] * self.training_env.num_envs
-        if self._price not in buffer.before_returns:
-            buffer.before_returns.append(self._price)
 
-    def _on_training_end(self) -> None:
-        self.detach(self.model.rollout_buffer)  # type: ignore[attr-defined]
-
-    def detach(self, buffer: Any) -> None:
-        """Leave a buffer alone from now on; needed where training ended by an exception."""
-        if self._price in buffer.before_returns:
-            buffer.before_returns.remove(self._price)
+    def _on_rollout_start(self) -> None:
+        self.model.rollout_buffer.before_returns.append(self._price)  # type: ignore[attr-defined]
 
     def _on_step(self) -> bool:
         return True
