@@ -36,7 +36,7 @@ class SB3A2CConfig:
     seed: int = 0
     """Seed of episodes, draws and shuffles."""
     n_steps: int | None = None
-    """Steps of every row in a rollout; None: the budget of a response."""
+    """Steps of every row in a rollout; None: three times the budget of a response."""
     lr: float = 3e-4
     """Highest learning rate."""
     warmup_updates: int = 0

@@ -43,7 +43,7 @@ class SB3TRPOConfig:
     seed: int = 0
     """Seed of episodes, draws and shuffles."""
     n_steps: int | None = None
-    """Steps of every row in a rollout; None: the budget of a response."""
+    """Steps of every row in a rollout; None: three times the budget of a response."""
     target_kl: float = 0.005
     """Trust region: mean KL to the sampling policy, nats per token."""
     cg_steps: int = 5

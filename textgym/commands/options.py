@@ -22,6 +22,7 @@ from textgym.commands.setup import TaskArgs, default_model
 from textgym.tokens import EMBEDDED
 
 OPTIONS = "run.json"
+SB3_ROWS = 8  # of long rollouts, so that few responses are cut
 _SB3_PPO = {
     "lr": 3e-4,
     "epochs": 2,
@@ -65,7 +66,7 @@ class TrainArgs(TaskArgs):
     """Go on with the run in --folder, with its options but for those that are given again."""
     num_envs: int = 64
     """Rows of the vector environment; changes speed, not results. With SB3's algorithms it is their
-    `n_envs`, which does, and which a run keeps."""
+    `n_envs`, which does, and which a run keeps; the default there is 8."""
     device: str = "auto"
     """Where the model lives: "auto" is CUDA if there is any, else the CPU."""
     dtype: str | None = None
@@ -93,7 +94,8 @@ def parse(agent: str, arguments: Sequence[str]) -> tuple[TrainArgs, Any]:
     """
     config_type = agent_class(agent, "Config")
     saved = saved_options(arguments)
-    args, config = TrainArgs(agent=agent), default_config(agent, arguments)
+    rows = SB3_ROWS if agent.startswith("sb3-") else TrainArgs.num_envs
+    args, config = TrainArgs(agent=agent, num_envs=rows), default_config(agent, arguments)
     if saved:
         given = {**saved["args"], "stop": tuple(saved["args"]["stop"])}
         args, config = TrainArgs(**given), config_type(**saved["config"])

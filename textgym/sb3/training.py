@@ -55,6 +55,7 @@ RECORDED = {  # SB3's name -> ours, and the factor between them
     "train/explained_variance": ("value/explained_variance", 1.0),
 }
 OURS = ("rollout/", "reward/", "kl/")  # recorded by our callbacks under the names of the glossary
+RESPONSES = 3  # steps of a rollout in budgets of a response: the more, the fewer of them are cut
 _ROWS = 1  # key that the run's seed is hashed with
 NOT_OURS = ("rollout/ep_len_mean", "rollout/ep_rew_mean", "rollout/success_rate")
 
@@ -141,7 +142,7 @@ class Training:
         self.envs = SB3VecEnv(envs)
         # Row i is seeded with the i-th number from here: seeds that are neighbours share no row.
         self.row_seed = int(mix64(config.seed, _ROWS)) >> 33
-        self.n_steps = config.n_steps or self.task.max_new_tokens
+        self.n_steps = config.n_steps or RESPONSES * self.task.max_new_tokens
         self.num_tokens = self.n_steps * self.envs.num_envs
         self.options: dict[str, Any] = {
             "env": self.envs,
@@ -261,8 +262,6 @@ class Training:
             yield
         finally:
             algorithm._custom_logger = False
-            if self.kl is not None:
-                self.kl.detach(algorithm.rollout_buffer)
 
     @contextmanager
     def _own_draws(self, update: int) -> Iterator[None]:
