@@ -106,6 +106,8 @@ class Reward:
         high: The best value.
         cheap: Scoring a whole text costs so little that a dense schedule needs no cursor.
         reads_only: `score` changes nothing in its batch, so it is not given a copy.
+        per_text: The value of a text does not depend on the other texts of its batch.
+        judges_content: Nonsense earns little. A reward of form alone, such as a length, says False.
     """
 
     name: str = "reward"
@@ -113,6 +115,8 @@ class Reward:
     high: float = 1.0
     cheap: ClassVar[bool] = False
     reads_only: ClassVar[bool] = False
+    per_text: ClassVar[bool] = True
+    judges_content: ClassVar[bool] = True
     # Attributes that are left out of pickles and made anew where they are needed.
     transient: ClassVar[tuple[str, ...]] = ()
     # A NumPy scalar on the left leaves the operation to __rmul__ and __radd__.

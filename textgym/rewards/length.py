@@ -25,6 +25,7 @@ class LengthPenalty(Reward):
 
     cheap = True
     reads_only = True
+    judges_content = False
     low = -1.0
     high = 0.0
 
