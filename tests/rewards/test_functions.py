@@ -357,7 +357,7 @@ def test_pickling_by_recipe():
     reward = as_reward(right, name="exact", low=-1, max_concurrency=3)
     twin = pickle.loads(pickle.dumps(reward))
     assert twin.evaluate(BATCH).values.tolist() == [0, 1]
-    assert (twin.name, twin.low, twin.max_concurrency) == ("exact", -1, 3)
+    assert (twin.name, twin.low, twin.service.max_concurrency) == ("exact", -1, 3)
     twin.check(["answer"])
     with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
         pickle.dumps(as_reward(lambda text: 1.0))

@@ -8,8 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from textgym.rewards.service import Service
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -17,64 +21,44 @@ _pid = 0
 _thread: threading.Thread | None = None
 
 
-def gather(
-    calls: Sequence[Callable[[], Awaitable[Any]]], *, timeout: float | None, max_concurrency: int
-) -> list[Any]:
-    """Await all calls concurrently.
-
-    Args:
-        calls: Functions of no argument that return an awaitable.
-        timeout: Seconds that each may take; None for no limit. Waiting for its turn is not counted.
-        max_concurrency: How many run at a time.
-
-    Returns:
-        For each call its result, or the exception that it raised.
+def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Await `main()` on the loop of the rewards and give its result.
 
     Raises:
-        BaseException: Those that are no `Exception` (KeyboardInterrupt, SystemExit), raised here.
+        RuntimeError: If called on that loop itself, which would wait for itself.
     """
     loop = _running_loop()
     if threading.current_thread() is _thread:
         raise RuntimeError("an async reward cannot score with another async reward: await it there")
-    future = asyncio.run_coroutine_threadsafe(_gather(calls, timeout, max_concurrency), loop)
+    future = asyncio.run_coroutine_threadsafe(main(), loop)
     try:
-        results = future.result()
+        return future.result()
     except BaseException:
         # Ctrl-C while waiting: what still runs is cancelled, not left behind.
         future.cancel()
         raise
+
+
+async def gather(calls: Sequence[Callable[[], Awaitable[Any]]], service: Service) -> list[Any]:
+    """Make all calls concurrently, as the service allows.
+
+    Args:
+        calls: Functions of no argument that return an awaitable.
+        service: Has the turns, the timeout, the retries and the breaker.
+
+    Returns:
+        For each call its result, or the exception that it came to: also one that is no `Exception`,
+        for which see `raise_interrupts`.
+    """
+    return await asyncio.gather(*(service.call(call) for call in calls))
+
+
+def raise_interrupts(results: list[Any]) -> list[Any]:
+    """Raise the KeyboardInterrupt or SystemExit among the results; else give them back."""
     for result in results:
         if isinstance(result, BaseException) and not isinstance(result, Exception):
             raise result
     return results
-
-
-async def _gather(
-    calls: Sequence[Callable[[], Awaitable[Any]]], timeout: float | None, max_concurrency: int
-) -> list[Any]:
-    turns = asyncio.Semaphore(max_concurrency)
-
-    async def one(call: Callable[[], Awaitable[Any]]) -> Any:
-        async with turns:
-            task = asyncio.ensure_future(_caught(call))
-            try:
-                # Unlike wait_for, this does not wait for a call that refuses to be cancelled.
-                done, _ = await asyncio.wait([task], timeout=timeout)
-            finally:
-                task.cancel()
-            return task.result() if done else TimeoutError(f"no answer in {timeout:g} s")
-
-    return await asyncio.gather(*(one(call) for call in calls))
-
-
-async def _caught(call: Callable[[], Awaitable[Any]]) -> Any:
-    # A KeyboardInterrupt that left a task would end the loop: everything is handed back as a value.
-    try:
-        return await call()
-    except asyncio.CancelledError:
-        return RuntimeError("the call was cancelled")
-    except BaseException as error:
-        return error
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:

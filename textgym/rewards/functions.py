@@ -20,6 +20,7 @@ from typing import Any, cast
 from textgym.rewards.base import FloatArray, Reward, Scores, check_bounds
 from textgym.rewards.batch import TextBatch, private
 from textgym.rewards.errors import missing_column
+from textgym.rewards.service import Service
 
 Getter = Callable[[TextBatch], list[Any]]
 
@@ -57,7 +58,9 @@ def as_reward(
     low: float | None = None,
     high: float | None = None,
     timeout: float | None = None,
-    max_concurrency: int = 32,
+    max_concurrency: int | None = None,
+    retries: int | None = None,
+    service: Service | None = None,
     strict: bool = False,
 ) -> Reward:
     """Turn a callable, or the name of a reward, into a `Reward`; a `Reward` is given back.
@@ -68,8 +71,12 @@ def as_reward(
         name: The name of the component; the callable's own by default.
         low: The worst value that the callable gives; 0 by default.
         high: The best value that it gives; 1 by default.
-        timeout: Seconds that one call of an async callable may take.
-        max_concurrency: How many calls of an async callable run at a time.
+        timeout: Seconds that one attempt of an async callable may take; no limit by default.
+        max_concurrency: How many calls of an async callable run at a time; 32 by default.
+        retries: How often a failed call of an async callable is repeated, with growing pauses; 0 by
+            default.
+        service: Instead of these three, all that can be said of how an async callable is called
+            (which failures are repeated, the pauses, a circuit breaker); rewards may share one.
         strict: Raise failures at once.
 
     Raises:
@@ -83,10 +90,12 @@ def as_reward(
     if isinstance(x, type) and issubclass(x, Reward):
         raise TypeError(f"expected a reward, got the class {x.__name__}: write {x.__name__}()")
     if isinstance(x, Reward):
-        if low is not None or high is not None or timeout is not None or strict:
+        calling = (timeout, max_concurrency, retries, service)
+        if strict or any(option is not None for option in (low, high, *calling)):
             raise TypeError(
-                f"low, high, timeout and strict are for callables; {x!r} is a reward and has its "
-                "own. For strict, use as_schedule(reward, strict=True)."
+                "low, high, strict and how a callable is called (timeout, retries, ...) are for "
+                f"callables; {x!r} is a reward and has its own. For strict, use "
+                "as_schedule(reward, strict=True)."
             )
         return x if name is None else x.named(name)
     if not callable(x):
@@ -104,12 +113,18 @@ def as_reward(
         high=1.0 if high is None else high,
         timeout=timeout,
         max_concurrency=max_concurrency,
+        retries=retries,
+        service=service,
         strict=strict,
     )
 
 
 class FunctionReward(Reward):
-    """A callable as a reward; made by `as_reward`, whose arguments it has."""
+    """A callable as a reward; made by `as_reward`, whose arguments it has.
+
+    Attributes:
+        service: How an async callable is called; `service.counts` says what its calls came to.
+    """
 
     # The arguments are copied one by one, so that the batch itself needs no copy.
     reads_only = True
@@ -122,7 +137,9 @@ class FunctionReward(Reward):
         low: float = 0.0,
         high: float = 1.0,
         timeout: float | None = None,
-        max_concurrency: int = 32,
+        max_concurrency: int | None = None,
+        retries: int | None = None,
+        service: Service | None = None,
         strict: bool = False,
     ) -> None:
         self.function = function
@@ -131,16 +148,20 @@ class FunctionReward(Reward):
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004
         )
-        if timeout is not None and not self.is_async:
-            raise ValueError(
-                f"reward {self.name!r}: a timeout needs an async callable; a plain function cannot "
-                "be stopped in its own process"
+        options = {"timeout": timeout, "max_concurrency": max_concurrency, "retries": retries}
+        given = {key: value for key, value in options.items() if value is not None}
+        if service is not None and given:
+            raise TypeError(
+                f"reward {self.name!r}: give {', '.join(given)} to the service, as in "
+                "Service(timeout=30, retries=3)"
             )
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout must be positive seconds, got {timeout}")
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency}")
-        self.timeout, self.max_concurrency, self.strict = timeout, max_concurrency, strict
+        if not self.is_async and (timeout is not None or retries or service is not None):
+            raise ValueError(
+                f"reward {self.name!r}: a timeout, retries or a service need an async callable; a "
+                "plain function cannot be stopped in its own process"
+            )
+        self.service = service or Service(**given)
+        self.strict = strict
         self._inspect()
 
     def _inspect(self) -> None:
@@ -212,13 +233,10 @@ class FunctionReward(Reward):
         return items
 
     def _run(self, calls: list[dict[str, Any]], *, raise_first: bool = True) -> list[Any]:
-        from textgym.rewards.background import gather
+        from textgym.rewards.background import gather, raise_interrupts, run
 
-        results = gather(
-            [functools.partial(self.function, **call) for call in calls],
-            timeout=self.timeout,
-            max_concurrency=self.max_concurrency,
-        )
+        asked = [functools.partial(self.function, **call) for call in calls]
+        results = raise_interrupts(run(lambda: gather(asked, self.service)))
         if raise_first and isinstance(results[0], Exception):
             raise results[0]
         return results
