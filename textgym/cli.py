@@ -1,4 +1,4 @@
-"""The `textgym` command: `textgym list | play | sft | train | eval`.
+"""The `textgym` command: `textgym list | play | sft | train | eval | check`.
 
 Each command is a module of `textgym.commands`, imported when it is called, so that `textgym list`
 does not wait for torch. `textgym <command> --help` lists its options.
@@ -16,6 +16,7 @@ COMMANDS = {
     "sft": ("sft", "fine-tune on reference responses"),
     "train": ("train", "train by reinforcement learning; without options, a small example"),
     "eval": ("evaluate", "score a model or checkpoint on prompts"),
+    "check": ("check", "check that a reward keeps its word, also when texts are hostile"),
 }
 
 

@@ -1,0 +1,267 @@
+"""What the outcomes of the jobs of `check_reward` say about a reward, check by check."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from textgym.checks import probes
+from textgym.checks.guard import Outcome
+from textgym.checks.report import Check
+from textgym.rewards.base import TEXT_FAULT, Example, Reward
+
+EMPTY = ("", " ", "\n\n")
+GARBAGE = ("qzx vkj wpf", "?! ;; --", "zzz zzz zzz zzz", "I do not know.", "_" * 40)
+_NAMED = 5  # hostile texts that a detail names
+
+
+@dataclass
+class Verdicts:
+    """Judges outcomes, and keeps the values and statuses that it sees."""
+
+    reward: Reward
+    examples: tuple[Example, ...]
+    outcomes: Mapping[Any, Outcome]
+    tolerance: float
+    max_cpu_us: float | None
+    max_memory_mb: float | None
+    values: list[float] = field(default_factory=list)
+    statuses: set[str] = field(default_factory=set)
+    cost: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def half(self) -> float:
+        """The middle of the range, above which nonsense must not come."""
+        return self.reward.low + 0.5 * (self.reward.high - self.reward.low)
+
+    def checks(self) -> Iterator[Check]:
+        """Judge the outcomes; those that see values come before `range`."""
+        yield self._columns()
+        yield self._examples()
+        yield self._oracle()
+        yield self._nonsense("empty", EMPTY)
+        yield self._nonsense("garbage", GARBAGE)
+        yield self._other_answers()
+        yield self._equal("deterministic", "again", 0.0, "two calls")
+        yield self._equal("order", "order", self.tolerance, "the batch and the batch reversed")
+        if self.reward.per_text:
+            yield self._equal("batch", "batch", self.tolerance, "one by one and together")
+        else:
+            yield Check("batch", "skip", "the value depends on the batch (per_text is False)")
+        yield from self._hostile()
+        yield self._dense()
+        yield self._cursor()
+        yield self._hostile_cursor()
+        yield self._reads_only()
+        yield self._equal("pickle", "pickle", self.tolerance, "the reward and its pickle")
+        yield self._equal("deepcopy", "deepcopy", self.tolerance, "the reward and its deep copy")
+        yield self._cost()
+        yield self._range()
+
+    def _columns(self) -> Check:
+        columns = tuple(self.examples[0].row) if self.examples else ()
+        try:
+            self.reward.check(columns)
+        except ValueError as error:
+            return Check("columns", "fail", str(error))
+        return Check("columns", "pass", ", ".join(columns) or "none needed")
+
+    def _scored(self, outcome: Outcome) -> probes.Scored:
+        """Read the scores of a job, and keep values and statuses for later."""
+        found: probes.Scored = outcome.value
+        for value, status in zip(found["values"], found["status"], strict=True):
+            self.statuses.add(_short(status))
+            if not math.isnan(value):
+                self.values.append(value)
+        return found
+
+    def _examples(self) -> Check:
+        if not self.examples:
+            return Check("examples", "skip", "there are none")
+        outcome = self.outcomes["together"]
+        if outcome.status != "ok":
+            return Check("examples", "fail", _said(outcome))
+        values = self._scored(outcome)["values"]
+        for example, value, status in zip(
+            self.examples, values, outcome.value["status"], strict=True
+        ):
+            if not abs(value - example.value) <= self.tolerance:
+                got = f"{value:.10g}" + (f" ({status})" if status else "")
+                stated = f"{example.value:.10g} stated, {got} paid"
+                return Check("examples", "fail", f"{stated} for {example.text!r:.80}")
+        return Check("examples", "pass", f"{len(values)} earn what is stated")
+
+    def _oracle(self) -> Check:
+        outcome = self.outcomes["together"]
+        if not self.examples:
+            return Check("oracle", "skip", "there are no examples")
+        if outcome.status != "ok":
+            return Check("oracle", "fail", _said(outcome))
+        stated = [example.value for example in self.examples]
+        paid = outcome.value["values"][int(np.argmax(stated))]
+        enough = self.reward.low + 0.9 * (self.reward.high - self.reward.low)
+        detail = f"the best answer earns {paid:.6g} of {self.reward.high:g}"
+        return Check("oracle", "pass" if paid >= enough else "fail", detail)
+
+    def _nonsense(self, name: str, texts: Sequence[str]) -> Check:
+        if not self.reward.judges_content:
+            return Check(name, "skip", "it judges form alone (judges_content is False)")
+        highest, worst = -math.inf, ""
+        for text in texts:
+            outcome = self.outcomes["nonsense", text]
+            if outcome.status != "ok":
+                return Check(name, "fail", f"{text!r}: {_said(outcome)}")
+            found = self._scored(outcome)
+            for value, status in zip(found["values"], found["status"], strict=True):
+                if _is_failure(status):
+                    return Check(name, "fail", f"{text!r} is unscored ({status})")
+                if value > highest:
+                    highest, worst = value, text
+        over = highest > self.half and self.reward.high > self.reward.low
+        return Check(name, "fail" if over else "pass", f"at most {highest:.6g}, for {worst!r}")
+
+    def _other_answers(self) -> Check:
+        outcome = self.outcomes["other answers"]
+        distinct = len({example.text for example in self.examples})
+        if outcome.status != "ok" or distinct < 2 or not self.reward.judges_content:
+            return Check("other answers", "skip", "needs examples of two texts and more")
+        values = np.array(self._scored(outcome)["values"])
+        paid = f"{int((values > self.half).sum())} of {len(values)}"
+        return Check("other answers", "note", f"{paid} answers to another row earn over half")
+
+    def _equal(self, name: str, key: str, tolerance: float, what: str) -> Check:
+        first, second = self.outcomes["together"], self.outcomes[key]
+        for outcome in (first, second):
+            if outcome.status != "ok":
+                return Check(name, "fail", _said(outcome))
+        mine, theirs = self._scored(first), self._scored(second)
+        a, b = np.array(mine["values"]), np.array(theirs["values"])
+        differ = ~((np.abs(a - b) <= tolerance) | (np.isnan(a) & np.isnan(b)))
+        if differ.any():
+            i = int(np.argmax(differ))
+            return Check(name, "fail", f"{what}: {a[i]!r} and {b[i]!r} for the same text")
+        return Check(name, "pass", f"{what} agree")
+
+    def _hostile(self) -> Iterator[Check]:
+        worst, paid, count, faults = "", [], 0, 0
+        for key, outcome in self.outcomes.items():
+            if key[0] != "hostile":
+                continue
+            count += 1
+            if outcome.status != "ok":
+                worst = worst or f"{key[1]!r}: {_said(outcome)}"
+                self.statuses.add(outcome.status)
+                faults += 1
+                continue
+            found = self._scored(outcome)
+            if _is_failure(found["status"][0]):
+                worst = worst or f"{key[1]!r}: {found['status'][0]}"
+                faults += 1
+            elif found["values"][0] > self.half:
+                paid.append(key[1])
+        if worst:
+            yield Check("hostile", "fail", f"{faults} of {count} texts are unscored; {worst}")
+        else:
+            slowest = max(o.wall_seconds for k, o in self.outcomes.items() if k[0] == "hostile")
+            detail = f"{count} texts have a value or are at fault; the slowest took {slowest:.2g} s"
+            yield Check("hostile", "pass", detail)
+        if self.reward.judges_content:
+            names = list(dict.fromkeys(paid))
+            more = ", ..." if len(names) > _NAMED else ""
+            which = f": {', '.join(names[:_NAMED])}{more}" if names else ""
+            yield Check("hostile paid", "note", f"{len(names)} texts earn over half{which}")
+        else:
+            yield Check("hostile paid", "skip", "it judges form alone (judges_content is False)")
+
+    def _dense(self) -> Check:
+        outcome = self.outcomes["dense"]
+        if outcome.status != "ok":
+            return Check("dense", "fail", _said(outcome))
+        for paid, score in outcome.value:
+            if not abs(paid - score) <= max(self.tolerance, 1e-9):
+                return Check("dense", "fail", f"{paid!r} paid in all, {score!r} is the score")
+        return Check("dense", "pass", "what is paid token by token adds up to the score")
+
+    def _cursor(self) -> Check:
+        found = [outcome for key, outcome in self.outcomes.items() if key[0] == "cursor"]
+        for outcome in found:
+            if outcome.status != "ok":
+                return Check("cursor", "fail", _said(outcome))
+        if all(outcome.value is None for outcome in found):
+            return Check("cursor", "skip", "it has none: dense scores the whole text")
+        for outcome in found:
+            if outcome.value:
+                return Check("cursor", "fail", outcome.value)
+        return Check("cursor", "pass", "equals the score at every prefix; copies are independent")
+
+    def _hostile_cursor(self) -> Check:
+        any_cursor = False
+        for key, outcome in self.outcomes.items():
+            if key[0] != "hostile cursor":
+                continue
+            if outcome.status != "ok":
+                return Check("hostile cursor", "fail", f"{key[1]!r}: {_said(outcome)}")
+            if outcome.value is None:
+                continue
+            any_cursor = True
+            value, score = outcome.value
+            if not abs(value - score) <= self.tolerance:
+                return Check("hostile cursor", "fail", f"{key[1]!r}: {value!r}, score {score!r}")
+        if not any_cursor:
+            return Check("hostile cursor", "skip", "it has none")
+        return Check("hostile cursor", "pass", "equals the score of the same texts")
+
+    def _reads_only(self) -> Check:
+        outcome = self.outcomes["reads only"]
+        if outcome.status != "ok":
+            return Check("reads only", "fail", _said(outcome))
+        if outcome.value:
+            return Check("reads only", "fail", "scoring changed the batch that it was given")
+        return Check("reads only", "pass", "scoring leaves its batch as it was")
+
+    def _cost(self) -> Check:
+        outcome = self.outcomes["cost"]
+        if outcome.status != "ok":
+            return Check("cost", "fail", _said(outcome))
+        self.cost = {**outcome.value, "memory_mb": self._peak()}
+        cpu, memory = self.cost["cpu_us"], self.cost["memory_mb"]
+        over = (self.max_cpu_us is not None and cpu > self.max_cpu_us) or (
+            self.max_memory_mb is not None and memory > self.max_memory_mb
+        )
+        wall = self.cost["wall_us"]
+        detail = f"{cpu:.3g} us of CPU an item ({wall:.3g} us in all), {memory:.3g} MB"
+        limited = self.max_cpu_us is not None or self.max_memory_mb is not None
+        return Check("cost", "fail" if over else "pass" if limited else "note", detail)
+
+    def _peak(self) -> float:
+        return max(outcome.memory_mb for outcome in self.outcomes.values())
+
+    def _range(self) -> Check:
+        if not self.values:
+            return Check("range", "fail", "it gave no value at all")
+        least, most = min(self.values), max(self.values)
+        detail = f"{least:.6g} to {most:.6g} paid, [{self.reward.low:g}, {self.reward.high:g}] said"
+        within = self.reward.low - 1e-9 <= least and most <= self.reward.high + 1e-9
+        return Check("range", "pass" if within else "fail", detail)
+
+
+def _is_failure(status: str | None) -> bool:
+    """Whether a text has no value; one that is at fault has."""
+    return status is not None and not status.startswith(TEXT_FAULT)
+
+
+def _short(status: str | None) -> str:
+    """A status without what differs from text to text."""
+    if status is None:
+        return "ok"
+    words = status.split(": ")
+    return ": ".join(words[:2])[:60]
+
+
+def _said(outcome: Outcome) -> str:
+    took = f" after {outcome.wall_seconds:.2g} s" if outcome.status != "raised" else ""
+    return f"{outcome.status}{took}: {outcome.detail}" if outcome.detail else outcome.status
