@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 from numpy.typing import NDArray
 
+from textgym.detokenize import TextStream
 from textgym.rewards import Payment, TextBatch
 from textgym.streams import mix64
 from textgym.task import STOP_REASONS, Budget, Reply, Respond, StopReason, Task, positive
@@ -99,6 +100,10 @@ class TokenMDP:
         self.done = np.ones(num_envs, np.bool_)
         self.tracks: list[Any] = [None] * num_envs
         self.replied = None if task.respond is None else np.zeros(self.ids.shape, np.bool_)
+        # What follows from the ids, made where it is asked for: each row's text so far, and how
+        # many characters of it lie before the policy's present turn.
+        self._streams: list[TextStream | None] = [None] * num_envs
+        self._said: list[int | None] = [None] * num_envs
 
     def begin(
         self,
@@ -136,6 +141,7 @@ class TokenMDP:
         for i in rows:
             p = int(self.prompt_row[i])
             self.tracks[i] = task.schedule.begin(task.prompts[p], task.prompt_text(p))
+            self._streams[i] = self._said[i] = None
 
     def step(self, actions: Any, live: NDArray[np.bool_] | None = None) -> Outcome:
         """Append one action to each live row, let the environment reply, and pay what is due.
@@ -236,6 +242,7 @@ class TokenMDP:
         self.seed[row], self.episode[row] = np.uint64(state.seed), state.episode
         self.steps[row], self.done[row], self.paid[row] = state.steps, state.done, state.paid
         self.tracks[row] = None if state.track is None else state.track.copy()
+        self._streams[row] = self._said[row] = None
         if self.replied is not None:
             self.replied[row] = False if state.replied is None else state.replied
 
@@ -277,9 +284,8 @@ class TokenMDP:
             reason[i] = "stop_id"
         rest = rows[~by_id]
         if task.stop_strings and len(rest):
-            texts = task.tokenizer.decode_batch([self.response_ids(i) for i in rest])
-            for i, text in zip(rest, texts, strict=True):
-                if self._cut(int(i), text)[1]:
+            for i in rest:
+                if self._cut(int(i), self._text_so_far(int(i)))[1]:
                     reason[i] = "stop_string"
         if task.respond is not None:
             for i in rest:
@@ -319,6 +325,7 @@ class TokenMDP:
         assert self.replied is not None
         self.replied[i, here] = True
         self.length[i] += len(tokens)
+        self._said[i] = None
         return reply.end
 
     def _pay(self, rows: NDArray[np.int64], outcome: Outcome, finished: NDArray[np.bool_]) -> None:
@@ -326,7 +333,7 @@ class TokenMDP:
         due = rows if self.task.schedule.every_step else rows[finished[rows]]
         if not len(due):
             return
-        batch = self._batch(due, outcome)
+        batch = self._batch(due, outcome, finished)
         payment = self.task.schedule.pay(
             [self.tracks[i] for i in due], batch, outcome.terminated[due], outcome.truncated[due]
         )
@@ -336,17 +343,20 @@ class TokenMDP:
             int(i): text for i, text in zip(due, batch.texts, strict=True) if finished[i]
         }
 
-    def _batch(self, due: NDArray[np.int64], outcome: Outcome) -> TextBatch:
+    def _batch(
+        self, due: NDArray[np.int64], outcome: Outcome, finished: NDArray[np.bool_]
+    ) -> TextBatch:
+        """What rewards see. A finished response is decoded in one go, which is the last word."""
         task = self.task
         responses = [self.response_ids(i) for i in due]
         reasons = [outcome.stop_reason[i] for i in due]
-        visible = [
-            ids[:-1] if reason == "stop_id" else ids
-            for ids, reason in zip(responses, reasons, strict=True)
+        ended = [k for k, i in enumerate(due) if finished[i]]
+        visible = [responses[k][:-1] if reasons[k] == "stop_id" else responses[k] for k in ended]
+        whole = dict(zip(ended, task.tokenizer.decode_batch(visible), strict=True))
+        texts = [
+            self._cut(int(i), whole[k])[0] if k in whole else self._text_so_far(int(i))
+            for k, i in enumerate(due)
         ]
-        texts = task.tokenizer.decode_batch(visible)
-        if task.stop_strings:
-            texts = [self._cut(int(i), text)[0] for i, text in zip(due, texts, strict=True)]
         prompt_rows = self.prompt_row[due].tolist()
         return TextBatch(
             prompts=[task.prompt_text(p) for p in prompt_rows],
@@ -365,16 +375,36 @@ class TokenMDP:
         spans = [slice(self.prompt_length[i], self.length[i]) for i in due]
         return [(~self.replied[i, span]).tolist() for i, span in zip(due, spans, strict=True)]
 
+    def _text_so_far(self, row: int) -> str:
+        """The text of one row's response, of which only new tokens are decoded; see `TextStream`.
+
+        It holds stop ids and stop strings, so it is the text of a response that goes on.
+        """
+        stream = self._streams[row]
+        if stream is None:
+            stream = self._streams[row] = self.task.tokenizer.stream()
+        fresh = slice(int(self.prompt_length[row]) + stream.read, int(self.length[row]))
+        return stream.push(self.ids[row, fresh].tolist())
+
     def _cut(self, row: int, text: str) -> tuple[str, bool]:
         """Text of a response before its first stop string, and whether there is one.
 
         What the environment said before the policy's present turn is not searched.
         """
-        task, start = self.task, 0
-        if self.replied is not None and task.stop_strings:
-            said = np.flatnonzero(self.replied[row])
-            if len(said):
-                earlier = self.ids[row, self.prompt_length[row] : said[-1] + 1]
-                start = len(task.tokenizer.decode(earlier.tolist()))
+        task = self.task
+        if not task.stop_strings:
+            return text, False
+        start = self._spoken(row)
         found = [at for at in (text.find(s, start) for s in task.stop_strings) if at >= 0]
         return (text[: min(found)], True) if found else (text, False)
+
+    def _spoken(self, row: int) -> int:
+        """Characters of a response up to the end of the environment's last reply."""
+        if self.replied is None:
+            return 0
+        known = self._said[row]
+        if known is None:
+            said = np.flatnonzero(self.replied[row])
+            earlier = self.ids[row, self.prompt_length[row] : said[-1] + 1] if len(said) else []
+            known = self._said[row] = len(self.task.tokenizer.decode(list(map(int, earlier))))
+        return known

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import tokenizers as tk
+
+from textgym.detokenize import Detokenizer, TextStream
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """What a prompt may be: a string, token ids, or chat messages (`{"role": ..., "content": ...}`)."""
@@ -54,7 +56,7 @@ class Tokenizer:
         self.hf = hf
         self._recipe = recipe
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True) if hf is None else len(hf)
-        self._cleans = bool(hf is not None and getattr(hf, "clean_up_tokenization_spaces", False))
+        self._cleans = hf is not None and _cleans_up(hf, backend)
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name!r}, vocab_size={self.vocab_size})"
@@ -119,6 +121,14 @@ class Tokenizer:
         if self._cleans:
             return [self.hf.decode(row, skip_special_tokens=True) for row in lists]
         return list(self.backend.decode_batch(lists, skip_special_tokens=True))
+
+    def stream(self) -> TextStream:
+        """Begin an empty response whose ids are decoded as they come, each of them once."""
+        return self._detokenizer.stream()
+
+    @cached_property
+    def _detokenizer(self) -> Detokenizer:
+        return Detokenizer(self.backend, self.decode, exact=not self._cleans)
 
     def piece(self, token_id: int) -> str:
         """One token for people: its text, or its name where the text is empty or broken."""
@@ -283,6 +293,21 @@ def _from_hf(hf: Any, name: str, recipe: Any, more_stop_ids: Sequence[int] = ())
         hf=hf,
         recipe=(load_tokenizer, (recipe,)),
     )
+
+
+def _cleans_up(hf: Any, backend: tk.Tokenizer) -> bool:
+    """Whether decoding removes spaces before punctuation, on top of what the backend does.
+
+    The setting alone does not say: Transformers ignores it for BPE, where it would spoil texts (the
+    configuration of Llama 3 has it all the same), and which version does so is seen by trying.
+    """
+    if not getattr(hf, "clean_up_tokenization_spaces", False):
+        return False
+    if isinstance(backend.model, tk.models.BPE):
+        ids = backend.encode("a , b", add_special_tokens=False).ids
+        text = backend.decode(ids)
+        return text.strip() != "a , b" or str(hf.decode(ids)) != text
+    return True
 
 
 def _as_list(value: Any) -> list[int]:
