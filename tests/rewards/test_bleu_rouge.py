@@ -186,11 +186,13 @@ def test_missing_reference_column_suggests_the_nearest():
     Rouge(column="reference").check(["prompt", "reference"])
 
 
-def test_other_tokenizers_have_no_cursor():
-    chars = Bleu(tokenize="char")
-    assert chars.begin(row(REFERENCES)) is None
-    batch = TextBatch.from_texts(["the dog"], [row(REFERENCES)])
-    assert chars.score(batch) == [sacrebleu_score("the dog", REFERENCES, tokenize="char")]
+@pytest.mark.parametrize("tokenize", ["none", "char", "zh", "intl"])
+def test_other_tokenizers_are_sacrebleus_too(tokenize):
+    reward = Bleu(tokenize=tokenize)
+    batch = TextBatch.from_texts(["the dog, on"], [row(REFERENCES)])
+    expected = sacrebleu_score("the dog, on", REFERENCES, tokenize=tokenize)
+    assert reward.score(batch) == [expected]
+    assert reward.begin(row(REFERENCES)).push("the dog, on") == expected
 
 
 def test_rouge_rejects_unknown_kinds():

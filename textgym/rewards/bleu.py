@@ -1,216 +1,191 @@
-"""Sentence BLEU, by sacrebleu.
+"""BLEU (Papineni et al. 2002), equal to sacrebleu's bit for bit: of a sentence, of a corpus.
 
-Papineni et al. 2002, with the smoothing and the effective order that sacrebleu recommends for
-sentences (Chen & Cherry 2014; Post 2018). `Bleu().score` *is* sacrebleu, with the n-grams of the
-references cached. The cursor equals it bit for bit at every prefix of every text: it counts with
-sacrebleu's tokenizer and computes with sacrebleu's formula, and tokenizes only the unfinished word.
+Texts are split by sacrebleu's tokenizers; `textgym.rewards.bleu_counts` counts and computes, for
+whole texts and, at every prefix of every text, for texts that grow.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
-from textgym.rewards.base import Cursor, Reward
+import numpy as np
+
+from textgym.rewards.base import Corpus, Cursor, Example, FloatArray, Reward, is_number
 from textgym.rewards.batch import TextBatch
+from textgym.rewards.bleu_counts import (
+    SMOOTHING,
+    BleuCursor,
+    Count,
+    Formula,
+    Target,
+    brevity_penalty,
+)
+from textgym.rewards.bleu_words import STEPWISE, Splitter, make_tokenizer, splitter
 from textgym.rewards.errors import check_column
 from textgym.rewards.references import references_of
 
-if TYPE_CHECKING:
-    from sacrebleu.metrics.bleu import BLEU
-
 CACHED_PROMPTS = 1024
-ORDER = 4
-
-Gram = tuple[str, ...]
 
 
 class Bleu(Reward):
-    """Sentence BLEU with effective order, over 100: from 0 to 1.
+    """Sentence BLEU over 100: from 0 to 1. As a corpus metric it is corpus BLEU over 100.
+
+    Cost: linear in the text; a cursor takes a few microseconds a token. It is never at fault of
+    the text. The cursors cover the tokenizers `13a`, `none`, `char`, `zh` and `intl`; with another
+    one, dense schedules score the whole text again.
 
     Args:
-        column: The column of the references, a string or a list of strings.
+        column: The column of the references, a string or a list of strings; rows may have
+            different numbers of them.
         lowercase: Ignore case.
-        tokenize: sacrebleu's tokenizer.
+        tokenize: sacrebleu's tokenizer. `ja-mecab`, `ko-mecab`, `spm`, `flores101`, `flores200`
+            and `spBLEU-1K` need packages, and the last four a model that is downloaded beforehand.
+        effective_order: Average over the n that the text is long enough for, as sacrebleu
+            recommends for sentences; it counts for the corpus too.
+        max_order: The longest n-grams.
+        smooth_method: What becomes of an n without a match (Chen & Cherry 2014): `"exp"`,
+            `"floor"`, `"add-k"` or `"none"`, as in sacrebleu.
+        smooth_value: For `"floor"` (0.1 by default; at most 1) and `"add-k"` (1 by default).
+
+    Raises:
+        ValueError: If an option is none of those.
+        ImportError: If the tokenizer needs a package that is not installed.
+        FileNotFoundError: If the tokenizer needs a model that is not there.
     """
 
     reads_only = True
-    transient = ("metric", "counts")
+    transient = ("splitter", "target")
 
     def __init__(
-        self, column: str = "references", *, lowercase: bool = False, tokenize: str = "13a"
+        self,
+        column: str = "references",
+        *,
+        lowercase: bool = False,
+        tokenize: str = "13a",
+        effective_order: bool = True,
+        max_order: int = 4,
+        smooth_method: str = "exp",
+        smooth_value: float | None = None,
     ) -> None:
         self.name = "bleu"
         self.column, self.lowercase, self.tokenize = column, lowercase, tokenize
+        if tokenize not in STEPWISE:
+            make_tokenizer(tokenize)
+        if isinstance(max_order, bool) or not isinstance(max_order, int) or max_order < 1:
+            raise ValueError(f"max_order must be an integer of at least 1, got {max_order!r}")
+        value = _smooth_value(smooth_method, smooth_value)
+        self.formula = Formula(max_order, effective_order, smooth_method, value)
 
     def check(self, columns: Collection[str]) -> None:
         """Check that the references are there."""
         check_column(f"reward {self.name!r}", self.column, columns)
 
     @functools.cached_property
-    def metric(self) -> Callable[[tuple[str, ...]], BLEU]:
-        """Give sacrebleu's metric for a tuple of references, their n-grams extracted once."""
-        from sacrebleu.metrics.bleu import BLEU
+    def splitter(self) -> Splitter:
+        """Give what splits texts into words."""
+        return splitter(self.tokenize, self.lowercase)
 
-        def make(references: tuple[str, ...]) -> BLEU:
-            return BLEU(
-                lowercase=self.lowercase,
-                tokenize=self.tokenize,
-                effective_order=True,
-                references=[[reference] for reference in references],
-            )
+    @functools.cached_property
+    def target(self) -> Callable[[tuple[str, ...]], Target]:
+        """Give the n-grams of a tuple of references, which cursors share."""
+
+        def make(references: tuple[str, ...]) -> Target:
+            words = [self.splitter.whole(reference) for reference in references]
+            return Target(words, self.formula.max_order)
 
         return functools.lru_cache(CACHED_PROMPTS)(make)
 
-    @functools.cached_property
-    def counts(self) -> Callable[[tuple[str, ...]], ReferenceCounts]:
-        """Give the n-gram counts that cursors share for a tuple of references."""
-        tokenizer = self.metric(("",)).tokenizer
-
-        def words(text: str) -> list[str]:
-            return cast(str, tokenizer(text.lower() if self.lowercase else text)).split()
-
-        return functools.lru_cache(CACHED_PROMPTS)(
-            lambda references: ReferenceCounts(references, words)
-        )
-
     def begin(self, row: Mapping[str, Any]) -> Cursor | None:
-        """Begin a cursor; there is one for the tokenizer `13a`."""
-        if self.tokenize != "13a":
+        """Begin a cursor; None with a tokenizer that needs the whole text."""
+        if self.tokenize not in STEPWISE:
             return None
-        return BleuCursor(self.counts(references_of(row, self.column, f"reward {self.name!r}")))
+        return BleuCursor(self._target(row), self.formula, self.splitter)
 
     def score(self, batch: TextBatch) -> list[Any]:
-        """Score each text with sacrebleu."""
+        """Score each text."""
         values: list[Any] = []
         for text, row in zip(batch.texts, batch.rows, strict=True):
             try:
-                references = references_of(row, self.column, f"reward {self.name!r}")
-                # On one text the corpus score is the sentence score, and uses the cache.
-                values.append(self.metric(references).corpus_score([text], None).score / 100.0)
+                values.append(self._count(text, row).value(self.formula))
             except Exception as error:
                 values.append(error)
         return values
 
+    def corpus(self, batch: TextBatch) -> Corpus:
+        """Give corpus BLEU; its statistics are those of sacrebleu, in its order.
 
-class ReferenceCounts:
-    """The side of the references in BLEU.
+        Each text has its length, the length of its closest reference, then its matched n-grams and
+        all its n-grams by n: `k = 2 + 2 max_order`.
 
-    Args:
-        references: The reference texts.
-        words: Splits a text into words.
+        Raises:
+            ValueError: If a row has no references.
+        """
+        order = self.formula.max_order
+        statistics = np.zeros((len(batch), 2 + 2 * order))
+        for i, (text, row) in enumerate(zip(batch.texts, batch.rows, strict=True)):
+            count = self._count(text, row)
+            totals = [max(0, count.length - n) for n in range(order)]
+            closest = count.target.closest(count.length)
+            statistics[i] = [count.length, closest, *count.correct, *totals]
 
-    Attributes:
-        ngrams: For each n-gram of a reference, the most often that one reference has it.
-        lengths: The references' lengths in words.
+        def score(sums: FloatArray) -> FloatArray:
+            sums = np.asarray(sums, np.float64)
+            values = [
+                self.formula(row[2 : 2 + order], row[2 + order :], brevity_penalty(*row[:2]))
+                for row in sums.reshape(-1, sums.shape[-1]).tolist()
+            ]
+            return np.array(values).reshape(sums.shape[:-1])
+
+        return Corpus(statistics, score)
+
+    def examples(self) -> tuple[Example, ...]:
+        """Give a perfect text, one with half of its n-grams, and one with none.
+
+        With other options than the defaults they are worth other values, so there are none.
+        """
+        if self.formula != Formula() or self.tokenize != "13a":
+            return ()
+        row = {self.column: ["the cat sat on the mat"]}
+        # 3 of 4 words, 2 of 3 pairs, 1 of 2 triples, none of 1 (counts as half), 6 words to 4.
+        middling = math.exp(1 - 6 / 4) * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25
+        return (
+            Example(row, "the cat sat on the mat", 1.0),
+            Example(row, "the cat sat quietly", middling),
+            Example(row, "a dog lay under a tree", 0.0),
+        )
+
+    def _target(self, row: Mapping[str, Any]) -> Target:
+        return self.target(references_of(row, self.column, f"reward {self.name!r}"))
+
+    def _count(self, text: str, row: Mapping[str, Any]) -> Count:
+        count = Count(self._target(row))
+        count.add(self.splitter.whole(text))
+        return count
+
+
+def _smooth_value(method: str, value: float | None) -> float:
+    """Give the value that a smoothing method uses, 0 where it uses none.
+
+    Raises:
+        ValueError: If there is no such method, or it has no such value.
     """
-
-    def __init__(self, references: Sequence[str], words: Callable[[str], list[str]]) -> None:
-        self.words = words
-        self.ngrams: Counter[Gram] = Counter()
-        self.lengths: list[int] = []
-        for reference in references:
-            found = words(reference.rstrip())
-            self.lengths.append(len(found))
-            self.ngrams |= Counter(
-                tuple(found[i : i + n])
-                for n in range(1, ORDER + 1)
-                for i in range(len(found) - n + 1)
-            )
-        self._closest: dict[int, int] = {}
-
-    def closest(self, length: int) -> int:
-        """Give the reference length nearest to `length`, the shorter of two."""
-        if length not in self._closest:
-            self._closest[length] = min(self.lengths, key=lambda x: (abs(x - length), x))
-        return self._closest[length]
-
-
-class BleuCursor:
-    """BLEU of a text that grows.
-
-    Words are counted for good once nothing that follows can change them; the rest, usually one
-    unfinished word, is counted for each value and taken back.
-
-    Args:
-        references: The counts of the references, shared and not changed.
-    """
-
-    __slots__ = ("context", "correct", "length", "references", "seen", "tail")
-
-    def __init__(self, references: ReferenceCounts) -> None:
-        self.references = references
-        self.tail = ""
-        self.length = 0
-        self.context: Gram = ()
-        self.correct = [0] * ORDER
-        self.seen: dict[Gram, int] = {}
-
-    def push(self, piece: str) -> float:
-        """Append `piece` and give the BLEU of the text so far, from 0 to 1."""
-        from sacrebleu.metrics.bleu import BLEU
-
-        self.tail += piece
-        unfinished = self.tail.rstrip()
-        cut = _last_break(unfinished)
-        if cut is not None:
-            self._count(self.references.words(unfinished[:cut]))
-            self.tail = self.tail[cut + 1 :]
-            unfinished = unfinished[cut + 1 :]
-        length, context = self.length, self.context
-        matched = self._count(self.references.words(unfinished))
-        value = BLEU.compute_bleu(
-            list(self.correct),
-            [max(0, self.length - n) for n in range(ORDER)],
-            self.length,
-            self.references.closest(self.length),
-            smooth_method="exp",
-            effective_order=True,
-        ).score
-        self.length, self.context = length, context
-        for gram in matched:
-            self.seen[gram] -= 1
-            self.correct[len(gram) - 1] -= 1
-        return value / 100.0
-
-    def _count(self, words: list[str]) -> list[Gram]:
-        """Count words; give the n-grams that matched, clipped to what the references have."""
-        matched = []
-        limits, seen = self.references.ngrams, self.seen
-        for word in words:
-            self.context = (*self.context[1 - ORDER :], word)
-            for n in range(1, len(self.context) + 1):
-                gram = self.context[-n:]
-                limit = limits.get(gram)
-                if limit is None:
-                    break  # then no reference has a longer one that ends here
-                count = seen.get(gram, 0)
-                if count < limit:
-                    seen[gram] = count + 1
-                    self.correct[n - 1] += 1
-                    matched.append(gram)
-        self.length += len(words)
-        return matched
-
-    def copy(self) -> BleuCursor:
-        """Give an independent copy."""
-        twin = BleuCursor(self.references)
-        twin.tail, twin.length, twin.context = self.tail, self.length, self.context
-        twin.correct, twin.seen = list(self.correct), dict(self.seen)
-        return twin
-
-
-def _last_break(text: str) -> int | None:
-    """Find the space before the last word of a stripped text, if it surely parts words.
-
-    The tokenizer deletes `-` with a newline after it, also where a deleted `<skipped>` stood
-    between them; every other space parts words, and no rule of the tokenizer looks across one.
-    """
-    pieces = text.rsplit(None, 1)
-    if len(pieces) < 2:
-        return None
-    cut = len(text) - len(pieces[1]) - 1
-    sure = text[cut] != "\n" or text[cut - 1] not in "->"
-    return cut if sure else None
+    if method not in SMOOTHING:
+        raise ValueError(
+            f"smooth_method must be one of {', '.join(map(repr, SMOOTHING))}, got {method!r}"
+        )
+    default = SMOOTHING[method]
+    if value is None:
+        return default or 0.0
+    if default is None:
+        raise ValueError(f"smooth_method={method!r} has no value, got smooth_value={value!r}")
+    most = 1.0 if method == "floor" else math.inf
+    if not (is_number(value) and 0 <= value <= most and math.isfinite(value)):
+        wanted = "from 0 to 1" if method == "floor" else "finite and at least 0"
+        raise ValueError(
+            f"smooth_value of {method!r} must be {wanted}, got {value!r}: a matching text would "
+            "be worth no more than another"
+        )
+    return float(value)
