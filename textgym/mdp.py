@@ -100,8 +100,9 @@ class TokenMDP:
         self.done = np.ones(num_envs, np.bool_)
         self.tracks: list[Any] = [None] * num_envs
         self.replied = None if task.respond is None else np.zeros(self.ids.shape, np.bool_)
-        # What follows from the ids, made where it is asked for: each row's text so far, and how
-        # many characters of it lie before the policy's present turn.
+        # What follows from the ids, made where it is asked for and kept: each row's response, its
+        # text so far, and how many characters of that lie before the policy's present turn.
+        self._written: list[list[int]] = [[] for _ in range(num_envs)]
         self._streams: list[TextStream | None] = [None] * num_envs
         self._said: list[int | None] = [None] * num_envs
 
@@ -141,7 +142,7 @@ class TokenMDP:
         for i in rows:
             p = int(self.prompt_row[i])
             self.tracks[i] = task.schedule.begin(task.prompts[p], task.prompt_text(p))
-            self._streams[i] = self._said[i] = None
+            self._forget(int(i))
 
     def step(self, actions: Any, live: NDArray[np.bool_] | None = None) -> Outcome:
         """Append one action to each live row, let the environment reply, and pay what is due.
@@ -187,8 +188,9 @@ class TokenMDP:
 
     def response_ids(self, row: int) -> list[int]:
         """Every token after the prompt of one row."""
-        ids: list[int] = self.ids[row, self.prompt_length[row] : self.length[row]].tolist()
-        return ids
+        known = self._written[row]
+        known += self.ids[row, self.prompt_length[row] + len(known) : self.length[row]].tolist()
+        return known.copy()
 
     def response_text(self, row: int) -> str:
         """Text of one row's response so far, without a stop id, cut before a stop string."""
@@ -242,7 +244,7 @@ class TokenMDP:
         self.seed[row], self.episode[row] = np.uint64(state.seed), state.episode
         self.steps[row], self.done[row], self.paid[row] = state.steps, state.done, state.paid
         self.tracks[row] = None if state.track is None else state.track.copy()
-        self._streams[row] = self._said[row] = None
+        self._forget(row)
         if self.replied is not None:
             self.replied[row] = False if state.replied is None else state.replied
 
@@ -362,7 +364,7 @@ class TokenMDP:
             prompts=[task.prompt_text(p) for p in prompt_rows],
             texts=texts,
             token_ids=responses,
-            prompt_ids=[task.prompt_ids[p, : task.prompt_length[p]].tolist() for p in prompt_rows],
+            prompt_ids=[task.prompt_tokens[p] for p in prompt_rows],
             rows=[task.prompts[p] for p in prompt_rows],
             stop_reasons=list(reasons),
             action_masks=self._action_masks(due),
@@ -374,6 +376,11 @@ class TokenMDP:
             return None
         spans = [slice(self.prompt_length[i], self.length[i]) for i in due]
         return [(~self.replied[i, span]).tolist() for i, span in zip(due, spans, strict=True)]
+
+    def _forget(self, row: int) -> None:
+        """Drop what was kept of a row whose episode is another one now."""
+        self._written[row] = []
+        self._streams[row] = self._said[row] = None
 
     def _text_so_far(self, row: int) -> str:
         """The text of one row's response, of which only new tokens are decoded; see `TextStream`.

@@ -97,6 +97,7 @@ class Task:
         encoded = [
             self._cut(ids, truncate_prompt) for ids in _encoded(self.prompts, self.tokenizer)
         ]
+        self.prompt_tokens = encoded
         self.prompt_length = np.array([len(ids) for ids in encoded], np.int64)
         self.prompt_ids = np.zeros((len(encoded), self.max_prompt_tokens), np.int64)
         for i, ids in enumerate(encoded):
