@@ -66,6 +66,21 @@ def test_loss_and_gradient_are_those_of_the_stock_buffer(
     torch.testing.assert_close(our_gradient, gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_advantages_are_whitened_over_the_rollout_and_returns_are_not(
+    make_algorithm: Any, collect_once: Any
+) -> None:
+    plain, white = (
+        collect_once(make_algorithm(n_steps=11, rollout_buffer_kwargs={"whiten": whiten}))
+        for whiten in (False, True)
+    )
+    np.testing.assert_array_equal(white.returns, plain.returns)
+    raw = plain.advantages
+    assert raw.std() != pytest.approx(1.0, abs=0.01)
+    np.testing.assert_allclose(
+        white.advantages, (raw - raw.mean()) / raw.std(), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_minibatches_are_whole_sequences_of_at_least_the_batch_size(
     make_algorithm: Any, collect_once: Any
 ) -> None:

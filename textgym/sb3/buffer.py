@@ -22,6 +22,7 @@ from stable_baselines3.common.type_aliases import RolloutBufferSamples
 
 from textgym.episodes import SequenceBatch
 from textgym.learning import UNSCORED_LIMIT, UnscoredError
+from textgym.returns import whiten
 
 Ints = NDArray[np.int64]
 
@@ -104,6 +105,9 @@ class SequenceRollouts:
         gamma: As in SB3.
         n_envs: N.
         seed: Of the shuffles; default `torch.initial_seed()`, which `PPO(seed=)` sets.
+        whiten: Give the advantages mean 0 and standard deviation 1 over the whole rollout; then
+            `PPO(normalize_advantage=False)`, which does it by minibatch, where the few responses
+            that differ at the end of training can weigh as much as all others.
 
     Attributes:
         store: The sequences.
@@ -144,7 +148,9 @@ class SequenceRollouts:
         gamma: float = 0.99,
         n_envs: int = 1,
         seed: int | None = None,
+        whiten: bool = False,
     ) -> None:
+        self.whiten = whiten
         self.rng = np.random.default_rng(torch.initial_seed() if seed is None else seed)
         super().__init__(  # type: ignore[call-arg]
             buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
@@ -194,6 +200,10 @@ class SequenceRollouts:
         for change in self.before_returns:
             change(self)
         super().compute_returns_and_advantage(last_values, dones)  # type: ignore[misc]
+        if self.whiten:
+            shape, weights = self.advantages.shape, self.counted.ravel().astype(np.float64)
+            white = whiten(self.advantages.ravel(), weights)
+            self.advantages = white.reshape(shape).astype(np.float32)
 
     def sequences(self, numbers: Ints) -> tuple[SequenceBatch, tuple[Ints, Ints]]:
         """Some sequences as a batch, and where in `[T, N]` their counted tokens are."""
