@@ -74,8 +74,9 @@ GLOSSARY: dict[str, str] = {
 FAMILIES: dict[str, str] = {
     "reward/": "mean over the episodes it applies to of this unweighted reward component",
     "eval/reward/": "the same component on held-out prompts",
+    "unscored/": "share of episodes without a score for this reason: an exception, nan, none, ...",
 }
-"""Meaning of the metrics whose names end in the name of a reward component, by prefix."""
+"""Meaning of the metrics whose names end in that of a reward component or a failure, by prefix."""
 
 
 def describe(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ class Means:
 def rollout_metrics(episodes: Episodes) -> dict[str, float]:
     """Scores, lengths, ends and reward components of a batch, by glossary name.
 
-    Episodes without a score count in `rollout/unscored` and nowhere else.
+    Episodes without a score count in `rollout/unscored`, in `unscored/<reason>` and nowhere else.
     """
     scored = episodes.weight > 0
     scores = episodes.scores[scored]
@@ -51,6 +52,8 @@ def rollout_metrics(episodes: Episodes) -> dict[str, float]:
     }
     for reason in STOP_REASONS:
         metrics[f"rollout/{reason}"] = _mean(reasons == reason)
+    failures = Counter(_reason(status) for status in episodes.status if status is not None)
+    metrics |= {f"unscored/{why}": n / len(episodes) for why, n in failures.items()}
     for name, values in episodes.components.items():
         applies = np.add.reduceat(~np.isnan(values), episodes.offsets[:-1]) > 0
         metrics[f"reward/{name}"] = _mean(episodes.per_episode(values)[scored & applies])
@@ -85,6 +88,12 @@ def sample_records(
 def spread(total: int, count: int) -> Sequence[int]:
     """`count` indices spread evenly over `range(total)`."""
     return [int(i) for i in np.linspace(0, total - 1, min(count, total)).round()] if total else []
+
+
+def _reason(status: str) -> str:
+    """What kind of failure a status tells: `"error: ValueError: boom"` is a `ValueError`."""
+    parts = status.split(": ")
+    return parts[1] if parts[0] == "error" and len(parts) > 1 else parts[0]
 
 
 def _mean(values: NDArray[Any]) -> float:

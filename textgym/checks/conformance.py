@@ -87,6 +87,7 @@ def check_reward(
             checked.check(())
         except ValueError as error:
             raise ValueError(f"{error} Give examples, whose rows have it (`--data`).") from error
+    checked = checked.fitted([example.row for example in given])
     limits = limits or Limits()
     jobs = _jobs(checked, given, tolerance)
     prepare = partial(probes.together, checked, _known(given))

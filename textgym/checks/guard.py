@@ -1,8 +1,9 @@
 """Run functions that may hang, exhaust memory or crash, in a forked child that can be killed.
 
 One child runs job after job and tells each outcome through a pipe. Before each job it sets a timer
-of CPU time, on which the kernel ends it: loops in C end too. A child that dies, or that says nothing within the wall limit,
-costs the one job that it was at: a fresh child goes on with the next.
+of CPU time, on which the kernel ends it: loops in C end too. A child that dies, or that says
+nothing within the wall limit, costs the one job that it was at: a fresh child goes on with the
+next.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class Verdict:
     Attributes:
         value: The number that the function gave; None if it gave none.
         status: `"ok"`; a status of the function's own; `"timeout"` (CPU or wall time), `"memory"`,
-            `"recursion"`, `"crash"` (a signal such as SIGSEGV); `"killed"` (somebody else killed
-            the worker); `"error: ..."` (the function raised).
+            `"recursion"`, `"crash"` (a signal such as SIGSEGV); `"killed"` (its worker was killed,
+            and so was the fresh one that tried again); `"error: ..."` (the function raised).
     """
 
     value: float | None
@@ -52,8 +52,12 @@ class Verdict:
 
     @property
     def is_service_fault(self) -> bool:
-        """Whether the code or the machine is at fault rather than the item."""
-        return self.status == "killed" or self.status.startswith("error: ")
+        """Whether the code is at fault rather than the item.
+
+        What kills two workers counts as the item's fault. Without a value it would be unscored, and
+        what is unscored costs a policy nothing: it would drift to texts that kill.
+        """
+        return self.status.startswith("error: ")
 
 
 class WorkerPool:
@@ -291,7 +295,7 @@ class _Run:
 
     def _settle(self, key: bytes, verdict: Verdict) -> None:
         self.found[key] = verdict
-        if not verdict.is_service_fault:
+        if verdict.status != "killed" and not verdict.is_service_fault:
             self.pool.remember(key, verdict)
 
     def _dismiss(self, worker: Worker, reason: str) -> None:
