@@ -39,7 +39,7 @@ def module(tmp_path, monkeypatch):
 def test_every_name_makes_a_reward_of_that_name(name):
     reward = make_reward(name)
     assert isinstance(reward, Reward) and reward.name == name
-    assert reward.evaluate(BATCH, strict=True).status == [None, None]
+    assert reward.fitted(BATCH.rows).evaluate(BATCH, strict=True).status == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,13 @@ class Reward:
         """Begin a cursor at the empty response to a prompt row; None if the reward has none."""
         return None
 
+    def fitted(self, rows: Sequence[Mapping[str, Any]]) -> Reward:
+        """Give the reward with what it takes from the rows of the training split; mostly itself.
+
+        A task calls it once with the first table of its prompts' family; what it gives is frozen.
+        """
+        return self
+
     def corpus(self, batch: TextBatch) -> Corpus:
         """Score the batch as a whole: the mean of its values, where nothing better is defined."""
         values = self.evaluate(batch).values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,13 @@ class Sum(Reward):
         for _, part in self.terms:
             part.check(columns)
 
+    def fitted(self, rows: Sequence[Mapping[str, Any]]) -> Reward:
+        """Give the sum of the fitted parts."""
+        terms = [(weight, part.fitted(rows)) for weight, part in self.terms]
+        if all(new is old for (_, new), (_, old) in zip(terms, self.terms, strict=True)):
+            return self
+        return Sum(terms).named(self.name) if self._is_named else Sum(terms)
+
     def begin(self, row: Mapping[str, Any]) -> Cursor | None:
         """Begin a cursor if every part that counts has one."""
         counting = [(weight, part) for weight, part in self.terms if weight]
@@ -138,6 +145,13 @@ class Product(Reward):
         """Check both factors."""
         self.left.check(columns)
         self.right.check(columns)
+
+    def fitted(self, rows: Sequence[Mapping[str, Any]]) -> Reward:
+        """Give the product of the fitted factors."""
+        left, right = self.left.fitted(rows), self.right.fitted(rows)
+        if left is self.left and right is self.right:
+            return self
+        return Product(left, right).named(self.name)
 
     def begin(self, row: Mapping[str, Any]) -> Cursor | None:
         """Begin a cursor if both factors have one."""

@@ -106,10 +106,14 @@ class ReferenceLogProb(Reward):
             self._scorer = HuggingFaceScorer(model, vocab_size, self.temperature)
         return self._scorer
 
-    def score(self, batch: TextBatch) -> FloatArray:
+    def score(self, batch: TextBatch) -> Sequence[Any] | FloatArray:
         """Sum the log-probabilities of each response, in batches of similar length."""
+        return self.sums(batch)[0]
+
+    def sums(self, batch: TextBatch) -> tuple[FloatArray, FloatArray]:
+        """Give for each response the sum of its log-probabilities, and how many there are."""
         full = [p + r for p, r in zip(batch.prompt_ids, batch.token_ids, strict=True)]
-        values = np.zeros(len(batch))
+        values, counts = np.zeros(len(batch)), np.zeros(len(batch))
         order = sorted(range(len(full)), key=lambda i: len(full[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -125,8 +129,8 @@ class ReferenceLogProb(Reward):
                 chosen = logprob[k, begin : len(full[i])]
                 if batch.action_masks is not None:
                     chosen = chosen[np.asarray(batch.action_masks[i], bool)]
-                values[i] = chosen.sum()
-        return values
+                values[i], counts[i] = chosen.sum(), len(chosen)
+        return values, counts
 
     def __getstate__(self) -> dict[str, Any]:
         if hasattr(self.source, "state_dict"):

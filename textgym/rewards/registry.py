@@ -10,18 +10,34 @@ from typing import Any
 
 from textgym.rewards.base import Reward
 from textgym.rewards.bleu import Bleu
+from textgym.rewards.chrf import Chrf
+from textgym.rewards.cider import Cider
+from textgym.rewards.diversity import Distinct, Repetition, SelfBleu
 from textgym.rewards.exact_match import ExactMatch
 from textgym.rewards.functions import as_reward
 from textgym.rewards.length import LengthPenalty
+from textgym.rewards.meteor import Meteor
 from textgym.rewards.rouge import Rouge
 from textgym.rewards.schedules import Schedule
+from textgym.rewards.ter import Ter
+from textgym.rewards.token_f1 import TokenF1
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "bleu": Bleu,
     "rouge1": lambda: Rouge("rouge1"),
     "rouge2": lambda: Rouge("rouge2"),
     "rougeL": lambda: Rouge("rougeL"),
+    "chrf": Chrf,
+    "chrfpp": lambda: Chrf(word_order=2),
+    "ter": Ter,
+    "cider": Cider,
+    "meteor": Meteor,
+    "token_f1": TokenF1,
     "exact_match": ExactMatch,
+    "distinct1": lambda: Distinct(1),
+    "distinct2": lambda: Distinct(2),
+    "self_bleu": SelfBleu,
+    "repetition": Repetition,
     "length": LengthPenalty,
 }
 
