@@ -3,38 +3,59 @@
 from textgym.rewards.base import Corpus, Cursor, Example, Reward, Scores
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.bleu import Bleu
+from textgym.rewards.chrf import Chrf
+from textgym.rewards.cider import Cider, Frequencies
+from textgym.rewards.diversity import Distinct, Repetition, SelfBleu
 from textgym.rewards.errors import RewardColumnError, RewardError, TextFailure
 from textgym.rewards.exact_match import ExactMatch
 from textgym.rewards.functions import as_reward
-from textgym.rewards.length import LengthPenalty
+from textgym.rewards.length import LengthPenalty, LengthWindow, SoftOverlong
+from textgym.rewards.meteor import Meteor
+from textgym.rewards.perplexity import InversePerplexity
+from textgym.rewards.process import steps
 from textgym.rewards.reference import ReferenceLogProb
 from textgym.rewards.registry import REWARDS, make_reward, parse_reward
 from textgym.rewards.rouge import Rouge
 from textgym.rewards.schedules import Payment, Schedule, Track, as_schedule, dense, terminal
+from textgym.rewards.ter import Ter
+from textgym.rewards.token_f1 import TokenF1
 
 __all__ = [
     "REWARDS",
     "Bleu",
+    "Chrf",
+    "Cider",
     "Corpus",
     "Cursor",
+    "Distinct",
     "ExactMatch",
     "Example",
+    "Frequencies",
+    "InversePerplexity",
     "LengthPenalty",
+    "LengthWindow",
+    "Meteor",
     "Payment",
     "ReferenceLogProb",
+    "Repetition",
     "Reward",
     "RewardColumnError",
     "RewardError",
     "Rouge",
     "Schedule",
     "Scores",
+    "SelfBleu",
+    "SoftOverlong",
+    "Ter",
     "TextBatch",
     "TextFailure",
+    "TokenF1",
     "Track",
     "as_reward",
     "as_schedule",
     "dense",
     "make_reward",
     "parse_reward",
+    "steps",
     "terminal",
 ]

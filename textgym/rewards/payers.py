@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -54,6 +54,14 @@ class Payer:
         self.reward, self.name = reward, reward.name
         self.low, self.high = reward.low, reward.high
 
+    def check(self, columns: Collection[str]) -> None:
+        """Check that the prompt table has the columns of the reward.
+
+        Raises:
+            RewardColumnError: If one is missing.
+        """
+        self.reward.check(columns)
+
     def begin(self, row: Mapping[str, Any]) -> Any:
         """Begin an episode; the state has `copy()`, or is None."""
         return None
@@ -102,8 +110,8 @@ class Terminal(Payer):
             part = batch if len(done) == n else batch.take(done)
             found = self.reward.evaluate(part, optional=optional, strict=strict)
             _spread(found, done, scores)
-        values = _settled(scores, self.reward, worst)
-        return Paid(values, np.isnan(values), _failures(scores, optional), scores.traceback)
+        values = settled(scores, self.reward, worst)
+        return Paid(values, np.isnan(values), failures(scores, optional), scores.traceback)
 
 
 class Dense(Payer):
@@ -133,13 +141,13 @@ class Dense(Payer):
         n = len(batch)
         asked = [i for i in range(n) if self.pays_outcome or not terminated[i]]
         scores, rescored = self._score(states, batch, asked, optional=optional, strict=strict)
-        values = _settled(scores, self.reward, worst)
+        values = settled(scores, self.reward, worst)
         silent = np.isnan(values)
         phi = np.nan_to_num(values)
         before = np.array([state.phi for state in states], np.float64)
         # At the end φ_T = 0, and `phi` holds the outcome, or 0 if this part pays none.
         gain = np.where(terminated, phi, float(self.gamma or 1.0) * phi) - before
-        status = _failures(scores, optional)
+        status = failures(scores, optional)
         for i, state in enumerate(states):
             state.phi = phi[i]
             if status[i] is not None or (silent[i] and before[i] == 0.0 and not terminated[i]):
@@ -249,7 +257,7 @@ def _spread(found: Scores, rows: list[int], scores: Scores) -> None:
     scores.traceback = scores.traceback or found.traceback
 
 
-def _settled(scores: Scores, reward: Reward, worst: Literal["low", "high"]) -> FloatArray:
+def settled(scores: Scores, reward: Reward, worst: Literal["low", "high"]) -> FloatArray:
     """Give the values, with the worst one where the text is at fault."""
     for i, status in enumerate(scores.status):
         if status is not None and status.startswith(TEXT_FAULT):
@@ -257,7 +265,7 @@ def _settled(scores: Scores, reward: Reward, worst: Literal["low", "high"]) -> F
     return scores.values
 
 
-def _failures(scores: Scores, optional: bool) -> list[str | None]:
+def failures(scores: Scores, optional: bool) -> list[str | None]:
     """Give the statuses of the texts that failed, None for the others."""
     failed = set(scores.failed(optional=optional))
     return [status if i in failed else None for i, status in enumerate(scores.status)]

@@ -1,4 +1,4 @@
-"""When a reward is paid: at the end, or spread over the tokens.
+"""When a reward is paid: at the end, or spread over the tokens (steps of a text: see `steps`).
 
 `terminal(r)` pays the value of the finished response on its last action. `dense(r)` pays the growth
 of the value from token to token (potential-based shaping, Ng, Harada & Russell 1999):
@@ -80,7 +80,8 @@ class _Part:
 class Schedule:
     """A weighted sum of parts, each of which pays a reward in its own way.
 
-    Made by `terminal`, `dense` and `as_schedule`. Shared like a reward: it deep-copies as itself.
+    Made by `terminal`, `dense`, `steps` and `as_schedule`. Shared like a reward: it deep-copies as
+    itself.
 
     Attributes:
         every_step: A part must see every token.
@@ -125,7 +126,7 @@ class Schedule:
             RewardColumnError: If one is missing.
         """
         for part in self._parts:
-            part.payer.reward.check(columns)
+            part.payer.check(columns)
 
     def begin(self, row: Mapping[str, Any], prompt: Prompt) -> Track:
         """Begin an episode on a row of the prompt table."""
