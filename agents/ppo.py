@@ -52,12 +52,22 @@ from textgym.losses import (
     value_loss,
 )
 from textgym.metrics import Means, rollout_metrics, sample_records, spread
-from textgym.returns import FloatArray, IntArray, check_unit, explained_variance, gae, whiten
+from textgym.returns import (
+    Credit,
+    FloatArray,
+    IntArray,
+    check_credit,
+    check_unit,
+    explained_variance,
+    gae,
+    whiten,
+)
 from textgym.rollout import PromptQueue, check_path, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.shaping import (
     Cut,
     RewardScale,
+    check_credit_fits,
     fit_scale,
     kl_controller,
     learned_weights,
@@ -133,6 +143,11 @@ class PPOConfig:
     """Whether responses cut by the token budget are learned from ("keep") or not ("mask")."""
     cut_penalty: float = 0.0
     """Subtracted from the reward of a cut response."""
+    credit: Credit = "last"
+    """How a response's score is spread over its tokens: not ("last"), evenly, or discounted back
+    from the end; the latter two bias the gradient (see `textgym.returns.assign_credit`)."""
+    credit_discount: float = 0.95
+    """Share of credit that a token has of the next one's (credit discounted)."""
     scale_episodes: int = 0
     """Samples of the reference by which rewards get mean 0 and variance 1; 0: as they are."""
     eval_every: int = 10
@@ -149,6 +164,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that could not be trained with."""
         check_rl_config(self)
+        check_credit(self.credit, self.credit_discount)
         check_positive(self, "epochs", "minibatches")
         check_unit("gae_lambda", self.gae_lambda)
         check_above_0(self, "clip_coef", "vf_clip_coef", "target_kl")
@@ -212,6 +228,7 @@ class PPO:
             if each is not None:
                 check_setup(policy, each, gamma=cfg.gamma, reference=reference, needs_values=True)
                 check_path(cfg.path, each)
+        check_credit_fits(cfg, envs.unwrapped.task.schedule)
         self.task = envs.unwrapped.task
         self.optimizer = GuardedOptimizer(
             policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay

@@ -43,8 +43,10 @@ from textgym.losses import (
 )
 from textgym.metrics import Means, rollout_metrics, sample_records, spread
 from textgym.returns import (
+    Credit,
     FloatArray,
     MovingAverageBaseline,
+    check_credit,
     discounted_returns,
     explained_variance,
     leave_one_out,
@@ -55,6 +57,7 @@ from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.shaping import (
     Cut,
     RewardScale,
+    check_credit_fits,
     fit_scale,
     kl_controller,
     learned_weights,
@@ -121,6 +124,11 @@ class REINFORCEConfig:
     """Whether responses cut by the token budget are learned from ("keep") or not ("mask")."""
     cut_penalty: float = 0.0
     """Subtracted from the reward of a cut response."""
+    credit: Credit = "last"
+    """How a response's score is spread over its tokens: not ("last"), evenly, or discounted back
+    from the end; the latter two bias the gradient (see `textgym.returns.assign_credit`)."""
+    credit_discount: float = 0.95
+    """Share of credit that a token has of the next one's (credit discounted)."""
     scale_episodes: int = 0
     """Samples of the first policy by which rewards get mean 0 and variance 1; 0: as they are."""
     eval_every: int = 10
@@ -137,6 +145,7 @@ class REINFORCEConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that could not be trained with."""
         check_rl_config(self)
+        check_credit(self.credit, self.credit_discount)
         if self.baseline == "group" and self.group_size < 2:
             raise ValueError(
                 f"baseline='group' needs a group_size of at least 2, got {self.group_size}"
@@ -188,6 +197,7 @@ class REINFORCE:
                     needs_values=cfg.baseline == "learned",
                 )
                 check_path(cfg.path, each)
+        check_credit_fits(cfg, envs.unwrapped.task.schedule)
         self.task = envs.unwrapped.task
         self.optimizer = GuardedOptimizer(
             policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay

@@ -14,12 +14,13 @@ import torch
 
 from textgym.kl import AdaptiveKL, FixedKL, KLController, k1, kl_per_response
 from textgym.learning import check_scored, microbatches
-from textgym.returns import FloatArray
+from textgym.returns import Credit, FloatArray, assign_credit, episode_sums
 from textgym.rollout import collect
 
 if TYPE_CHECKING:
     from textgym.episodes import Episodes
     from textgym.policies import CausalLMPolicy
+    from textgym.rewards import Schedule
     from textgym.vector import TextGenVectorEnv
 
 Cut = Literal["keep", "mask"]
@@ -76,6 +77,8 @@ def shape_rewards(
     beta: float,
     scale: RewardScale | None = None,
     cut_penalty: float = 0.0,
+    credit: Credit = "last",
+    credit_discount: float = 0.95,
 ) -> FloatArray:
     """The rewards that are learned from.
 
@@ -84,7 +87,8 @@ def shape_rewards(
     Stiennon et al. 2020, equation 2, per token as in Ziegler et al. 2019, equation 2. What belongs
     to the whole response is paid on its last action token, whatever ended the episode. The mean is
     that of outcomes: a truncated episode has none yet, and the value that it bootstraps from is
-    less the mean already.
+    less the mean already. `credit` spreads all of that, before the price of KL, which is each
+    token's own.
 
     Args:
         episodes: M action tokens in B episodes.
@@ -92,6 +96,8 @@ def shape_rewards(
         beta: Price of one nat.
         scale: Mean and std of the environment's scores; None is 0 and 1.
         cut_penalty: Subtracted from the score of a response that the token budget cut.
+        credit: How the score of a response is spread; "last" leaves rewards where they were paid.
+        credit_discount: See `assign_credit`.
 
     Returns:
         float64 [M].
@@ -102,9 +108,26 @@ def shape_rewards(
     if scale is not None:
         shaped[last] -= scale.mean * episodes.terminated
         shaped /= scale.std
+    if credit != "last":
+        scores = episode_sums(shaped, episodes.offsets)
+        shaped = assign_credit(scores, episodes.offsets, credit, credit_discount)
     if kl is not None:
         shaped -= beta * kl
     return shaped
+
+
+def check_credit_fits(config: Any, schedule: Schedule) -> None:
+    """Check that the credit of a config does not undo what a schedule pays token by token.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if config.credit != "last" and schedule.every_step:
+        raise ValueError(
+            f"credit={config.credit!r} spreads a score that is paid at the end, but this reward is "
+            f"paid token by token ({schedule!r}): use credit='last', which leaves it as it is, or "
+            "a reward without dense and steps"
+        )
 
 
 def was_cut(episodes: Episodes) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -155,7 +178,8 @@ def priced_rewards(
         episodes: M action tokens.
         controller: Sets the price.
         scale: Mean and std of the environment's scores.
-        config: The agent's; reads `cut_penalty`, `exact_kl_episodes` and `microbatch`.
+        config: The agent's; reads `cut_penalty`, `credit`, `credit_discount`, `exact_kl_episodes`
+            and `microbatch`.
 
     Returns:
         Shaped rewards float64 [M], and what to log, by glossary name.
@@ -170,7 +194,15 @@ def priced_rewards(
                 policy, reference, episodes, config.exact_kl_episodes, config.microbatch
             )
         adapt(controller, metrics["kl/ref"], episodes)
-    shaped = shape_rewards(episodes, kl, beta=beta, scale=scale, cut_penalty=config.cut_penalty)
+    shaped = shape_rewards(
+        episodes,
+        kl,
+        beta=beta,
+        scale=scale,
+        cut_penalty=config.cut_penalty,
+        credit=config.credit,
+        credit_discount=config.credit_discount,
+    )
     return shaped, metrics
 
 
