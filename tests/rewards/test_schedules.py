@@ -114,6 +114,25 @@ def test_components_are_unweighted_and_named_without_duplicates():
     assert taken.names == ("a_2", "a", "a_3")
 
 
+@pytest.mark.parametrize("schedule", [terminal, dense])
+def test_sub_goals_are_sums_in_sums_and_all_of_them_are_logged(schedule):
+    style = 0.5 * Rouge("rouge1").named("style/words") + 0.25 * Rouge().named("style/order")
+    goals = 0.8 * Bleu().named("answer") + 0.2 * style + 0 * style.named("style")
+    paid = schedule(goals)
+    assert paid.names == ("answer", "style/words", "style/order", "style")
+    texts = ["the", "the cat", "the cat sat"]
+    payments = run(paid, texts)
+    found = {
+        name: sum(float(np.nan_to_num(p.components[name][0])) for p in payments)
+        for name in paid.names
+    }
+    words, order = outcome(Rouge("rouge1"), texts[-1]), outcome(Rouge(), texts[-1])
+    assert found["answer"] == pytest.approx(outcome(Bleu(), texts[-1]))
+    assert (found["style/words"], found["style/order"]) == pytest.approx((words, order))
+    assert found["style"] == pytest.approx(0.5 * words + 0.25 * order)
+    assert discounted(payments) == pytest.approx(0.8 * found["answer"] + 0.2 * found["style"])
+
+
 # --- dense -------------------------------------------------------------------------------------
 
 DENSE_REWARDS = {

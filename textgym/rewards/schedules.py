@@ -13,6 +13,13 @@ density helps learners that bootstrap: values, λ < 1.
 
 Schedules are summed and scaled; a bare reward in such a sum is terminal. What varies with the
 outcome is composed inside: `dense(r * gate)`, never `dense(r) * gate`.
+
+Sub-goals with weights of their own are sums in sums. The weights multiply, and every sub-goal is a
+component of `info["reward"]` and of the logs, unweighted, under the name that it is given; one of
+weight 0 is logged and pays nothing:
+
+    style = 0.5 * tags.named("style/tags") + 0.5 * length.named("style/length")
+    reward = 0.8 * correct.named("answer") + 0.2 * style + 0 * style.named("style")
 """
 
 from __future__ import annotations
