@@ -10,10 +10,11 @@ Found by a beam search over the words of the text, as METEOR 1.5 does it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 BEAM = 40  # partial alignments that are kept, as in METEOR 1.5
-LONGEST = 1000  # words of a text that are aligned, or twice its reference's, if that is more
+LONGEST = 250  # words of a text that are aligned, or twice its reference's, if that is more
 
 EXACT, STEM, SYNONYM = range(3)
 
@@ -26,16 +27,10 @@ class Match(NamedTuple):
     stage: int
 
 
-class _Partial(NamedTuple):
-    """An alignment of the first words; smaller is better."""
-
-    unmatched: int
-    chunks: int
-    distance: int
-    here: int  # the last match
-    there: int
-    used: int  # bits of the reference's words that are matched
-    path: tuple[Match, ...]
+# A partial alignment; the first three say how good it is, less being better: words of the text left
+# without a match, chunks, sum of distances. Then the last match (position here, position there),
+# bits of the reference's words that are matched, and all matches as a chain (match, earlier ones).
+_Partial = tuple[int, int, int, int, int, int, Any]
 
 
 def align(
@@ -61,7 +56,7 @@ def align(
     for found in options:
         for there, _ in found:
             rivals[there] += 1
-    beam = [_Partial(0, 0, 0, -2, -2, 0, ())]
+    beam: list[_Partial] = [(0, 0, 0, -2, -2, 0, None)]
     for here, found in enumerate(options):
         if not found:
             continue
@@ -69,32 +64,31 @@ def align(
         forced = len(found) == 1 and rivals[found[0][0]] == 1
         grown: dict[tuple[int, int, int], _Partial] = {}
         for state in beam:
-            for there, stage in found:
-                if not state.used >> there & 1:
-                    adjacent = here == state.here + 1 and there == state.there + 1
-                    _keep(
-                        grown,
-                        _Partial(
-                            state.unmatched,
-                            state.chunks + (not adjacent),
-                            state.distance + abs(here - there),
-                            here,
-                            there,
-                            state.used | 1 << there,
-                            (*state.path, Match(here, there, stage)),
-                        ),
-                    )
+            unmatched, chunks, distance, last_here, last_there, used, path = state
             if not forced:
-                _keep(grown, state._replace(unmatched=state.unmatched + 1))
-        beam = sorted(grown.values())[:BEAM]
-    return list(beam[0].path), beam[0].chunks
+                # Two alignments that can go on in the same ways: the better one does.
+                key = (used, last_here, last_there)
+                if key not in grown or (unmatched + 1, chunks, distance) < grown[key][:3]:
+                    grown[key] = (unmatched + 1, *state[1:])
+            for there, stage in found:
+                bit = 1 << there
+                if used & bit:
+                    continue
+                new = chunks + (here != last_here + 1 or there != last_there + 1)
+                far = distance + abs(here - there)
+                key = (used | bit, here, there)
+                if key not in grown or (unmatched, new, far) < grown[key][:3]:
+                    chain = (Match(here, there, stage), path)
+                    grown[key] = (unmatched, new, far, here, there, used | bit, chain)
+        beam = sorted(grown.values(), key=_quality)[:BEAM]
+    matches, chain = [], beam[0][-1]
+    while chain is not None:
+        match, chain = chain
+        matches.append(match)
+    return matches[::-1], beam[0][1]
 
 
-def _keep(states: dict[tuple[int, int, int], _Partial], state: _Partial) -> None:
-    """Keep the better of two alignments that can go on in the same ways."""
-    key = (state.used, state.here, state.there)
-    if key not in states or state < states[key]:
-        states[key] = state
+_quality = itemgetter(0, 1, 2, 3, 4, 5)
 
 
 def _options(

@@ -14,7 +14,7 @@ _RUN = re.compile(
     r"|[^\W_]+(?:['-][^\W_]+)*"  # words with hyphens and apostrophes
     r"|[$£€%&#]"
 )
-_CLITIC = re.compile(r"(?:n't|'(?:s|re|ve|ll|d|m))\Z")
+_CLITICS = ("n't", "'s", "'re", "'ve", "'ll", "'d", "'m")
 
 
 def caption_words(text: str) -> list[str]:
@@ -29,11 +29,12 @@ def caption_words(text: str) -> list[str]:
     """
     words = []
     for run in _RUN.findall(text.lower().replace("\u2019", "'")):
-        clitic = _CLITIC.search(run)
-        if clitic is None or clitic.start() == 0:
-            words.append(run)
-        else:
-            words += [run[: clitic.start()], clitic.group()]
+        end, clitics = len(run), []
+        while run.endswith(_CLITICS, 1, end):
+            start = run.rindex("n't" if run.endswith("n't", 1, end) else "'", 0, end)
+            clitics.append(run[start:end])
+            end = start
+        words += [run[:end], *reversed(clitics)]
     return words
 
 

@@ -1,0 +1,134 @@
+"""Cider equals coco-caption's values, and a slow reading of the paper's formula."""
+
+import json
+import math
+import pickle
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from textgym.rewards import Bleu, Cider, TextBatch, make_reward
+
+REFERENCES = [
+    ["a cat sat on the mat", "the cat is on a mat"],
+    ["two dogs run in the rain"],
+    ["it's a well-known cat", "a cat, well known", "the cat's fame"],
+]
+
+
+def row(references):
+    return {"references": references}
+
+
+def vector(words, n, frequency, documents):
+    grams = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+    return {g: k * math.log(documents / max(1, frequency(g))) for g, k in grams.items()}
+
+
+def slow_cider(words, references, corpus):
+    """CIDEr-D by eq. 3 and 4, counting documents anew for every n-gram."""
+    documents = [[" " + " ".join(r) + " " for r in texts] for texts in corpus]
+
+    def frequency(gram):
+        written = " " + " ".join(gram) + " "
+        return sum(any(written in text for text in texts) for texts in documents)
+
+    total = 0.0
+    for n in range(1, 5):
+        ours = vector(words, n, frequency, len(corpus))
+        for reference in references:
+            theirs = vector(reference, n, frequency, len(corpus))
+            norms = math.hypot(*ours.values()) * math.hypot(*theirs.values())
+            if norms:
+                dot = sum(min(ours[g], theirs[g]) * theirs[g] for g in ours if g in theirs)
+                gap = max(0, len(words) - 1) - max(0, len(reference) - 1)
+                total += dot / norms * math.exp(-(gap**2) / 72)
+    return 10 * total / (4 * len(references))
+
+
+def test_parity_with_the_fixtures(shared):
+    items = json.loads((shared / "fixtures/fixtures_caption.json").read_text())["items"]
+    reward = Cider.from_references([item["refs"] for item in items], words="space")
+    rows = [row(item["refs"]) for item in items]
+    batch = TextBatch.from_texts([item["hyp"] for item in items], rows)
+    expected = [item["cider"] for item in items]
+    assert reward.score(batch) == pytest.approx(expected, abs=1e-9)
+    corpus = reward.corpus(batch)
+    assert corpus.score(corpus.statistics.sum(0)) == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+def test_parity_with_the_formula():
+    rng = random.Random(0)
+    words = "a b c d e f".split()
+
+    def text():
+        return [rng.choice(words) for _ in range(rng.randrange(9))]
+
+    for _ in range(60):
+        corpus = [[text() for _ in range(rng.randrange(1, 4))] for _ in range(rng.randrange(1, 6))]
+        given = [[" ".join(r) for r in texts] for texts in corpus]
+        reward = Cider.from_references(given, words="space")
+        targets = [text() for _ in range(rng.randrange(1, 4))]
+        ours = text()
+        batch = TextBatch.from_texts([" ".join(ours)], [row([" ".join(r) for r in targets])])
+        expected = slow_cider(ours, targets, corpus)
+        assert reward.score(batch) == [pytest.approx(expected, abs=1e-9)]
+
+
+@pytest.mark.parametrize("words", ["caption", "space"])
+def test_parity_of_the_cursor_with_whole_texts_at_every_prefix(words, joined, prefixes):
+    rng = random.Random(1)
+    reward = Cider.from_references(REFERENCES, words=words)
+    for _ in range(60):
+        given = row([*rng.choice(REFERENCES), joined(rng, 9)])
+        for value, text in prefixes(reward, given, rng):
+            whole = reward.score(TextBatch.from_texts([text], [given]))[0]
+            assert value == pytest.approx(whole, abs=1e-12)
+
+
+def test_saves_loads_and_pickles(tmp_path):
+    reward = Cider.from_references(REFERENCES, words="space")
+    batch = TextBatch.from_texts(["the cat sat"], [row(REFERENCES[0])])
+    values = reward.score(batch)
+    reward.save(tmp_path / "frequencies.json")
+    assert Cider.load(tmp_path / "frequencies.json").frequencies == reward.frequencies
+    assert Cider.load(tmp_path / "frequencies.json").score(batch) == values
+    assert pickle.loads(pickle.dumps(reward)).score(batch) == values
+    (tmp_path / "other.json").write_text('{"documents": 3}')
+    with pytest.raises(ValueError, match="no document frequencies"):
+        Cider.load(tmp_path / "other.json")
+
+
+def test_without_frequencies_it_says_how_to_get_them():
+    reward = make_reward("cider")
+    batch = TextBatch.from_texts(["the cat"], [row("the cat")])
+    status = reward.evaluate(batch).status[0]
+    assert "Cider.from_references" in status
+    with pytest.raises(ValueError, match=r"Cider\.load"):
+        reward.save("nowhere.json")
+    with pytest.raises(ValueError, match="at least one input"):
+        Cider.from_references([])
+    with pytest.raises(ValueError, match="'caption' or 'space'"):
+        Cider(words="letters")
+
+
+def test_is_fitted_on_training_rows_once():
+    rows = [row(references) for references in REFERENCES]
+    frozen = Cider.from_references(REFERENCES)
+    bare = Cider()
+    fitted = bare.fitted(rows)
+    assert fitted.frequencies == frozen.frequencies and bare.frequencies is None
+    assert bare.fitted(rows) is fitted and fitted.fitted(rows[:1]) is fitted
+    batch = TextBatch.from_texts(["the cat sat"], [rows[0]])
+    value, bleu = frozen.score(batch)[0], Bleu().score(batch)[0]
+    summed = (0.1 * Cider() + Bleu()).fitted(rows)
+    assert summed.score(batch) == [pytest.approx(0.1 * value + bleu)]
+    product = (Cider() * Bleu()).named("gated").fitted(rows)
+    assert product.name == "gated"
+    assert product.score(batch) == [pytest.approx(value * bleu)]
+    both = (0.1 * Cider() + Bleu()).named("both").fitted(rows)
+    assert [(weight, part.name) for weight, part in both.parts()] == [(1.0, "both")]
+    plain = Bleu() + 2 * Bleu()
+    assert plain.fitted(rows) is plain
