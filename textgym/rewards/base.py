@@ -167,6 +167,12 @@ class Reward:
         twin.__dict__.update(self.__dict__, name=name)
         return twin
 
+    def trl(self) -> Callable[..., list[float | None]]:
+        """Give the reward as a TRL reward function, `f(prompts, completions, **columns)`."""
+        from textgym.rewards.interop import TRLFunction
+
+        return TRLFunction(self)
+
     def evaluate(self, batch: TextBatch, *, optional: bool = False, strict: bool = False) -> Scores:
         """Score a batch; failures become statuses after one retry of the texts that failed.
 

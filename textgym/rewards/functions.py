@@ -148,7 +148,11 @@ class FunctionReward(Reward):
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004
         )
-        options = {"timeout": timeout, "max_concurrency": max_concurrency, "retries": retries}
+        options: dict[str, Any] = {
+            "timeout": timeout,
+            "max_concurrency": max_concurrency,
+            "retries": retries,
+        }
         given = {key: value for key, value in options.items() if value is not None}
         if service is not None and given:
             raise TypeError(

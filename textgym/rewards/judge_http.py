@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import importlib
 import json
 import math
 import os
@@ -226,20 +227,12 @@ class Endpoint:
 
 def _http() -> ModuleType:
     """Import the HTTP client that huggingface_hub brings: httpx2, or httpx in older releases."""
-    try:
-        import httpx2
-
-        return httpx2
-    except ImportError:
-        pass
-    try:
-        import httpx
-
-        return httpx  # type: ignore[no-any-return]
-    except ImportError:
-        raise ImportError(
-            "HTTPJudge needs an HTTP client, which is not installed: pip install httpx2"
-        ) from None
+    for name in ("httpx2", "httpx"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise ImportError("HTTPJudge needs an HTTP client, which is not installed: pip install httpx2")
 
 
 def _address(url: str) -> str:
