@@ -94,7 +94,8 @@ class Splitter:
     def whole(self, text: str) -> Words:
         """Split a whole text."""
         text = text.rstrip()
-        if not self.alone or self.characters or "-\n" in text or ">\n" in text:
+        joined = "-\n" in text or (">\n" in text and "<skipped>\n" in text.lower())
+        if not self.alone or self.characters or joined:
             return self._split(text, True, True)
         found: list[str] = []
         for word in text.split():
