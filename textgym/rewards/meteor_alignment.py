@@ -31,6 +31,7 @@ class Match(NamedTuple):
 # without a match, chunks, sum of distances. Then the last match (position here, position there),
 # bits of the reference's words that are matched, and all matches as a chain (match, earlier ones).
 _Partial = tuple[int, int, int, int, int, int, Any]
+_ORDER = itemgetter(0, 1, 2, 3, 4, 5)  # the last three part equals, so that results repeat
 
 
 def align(
@@ -80,15 +81,12 @@ def align(
                 if key not in grown or (unmatched, new, far) < grown[key][:3]:
                     chain = (Match(here, there, stage), path)
                     grown[key] = (unmatched, new, far, here, there, used | bit, chain)
-        beam = sorted(grown.values(), key=_quality)[:BEAM]
+        beam = sorted(grown.values(), key=_ORDER)[:BEAM]
     matches, chain = [], beam[0][-1]
     while chain is not None:
         match, chain = chain
         matches.append(match)
     return matches[::-1], beam[0][1]
-
-
-_quality = itemgetter(0, 1, 2, 3, 4, 5)
 
 
 def _options(
