@@ -32,7 +32,7 @@ class Prompts(Sequence[Row]):
 
     Attributes:
         columns: Names of the columns, `"prompt"` among them.
-        family: The splits that the table is one of, itself included.
+        family: The splits that the table is one of, itself included; the training split first.
         encoded: Ids of the prompts by tokenizer, filled by `textgym.task`; not pickled.
 
     Raises:
@@ -192,8 +192,11 @@ class Prompts(Sequence[Row]):
         chosen = [list(groups.values())[g] for g in order]
         heldout = self.take(sorted(itertools.chain(*chosen[:count])))
         train = self.take(sorted(itertools.chain(*chosen[count:])))
-        siblings = tuple(table for table in self.family if table is not self)
-        train.family = heldout.family = (train, heldout, *siblings)
+        # In the order of the splits, training first; a table that is a part of one comes before.
+        at = next((i for i, table in enumerate(self.family) if table is self), 0)
+        siblings = [table for table in self.family if table is not self]
+        family = (*siblings[:at], train, heldout, *siblings[at:])
+        train.family = heldout.family = family
         return train, heldout
 
 

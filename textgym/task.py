@@ -81,8 +81,10 @@ class Task:
             )
         self.prompts = Prompts.load(prompts)
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
-        self.schedule: Schedule = as_schedule(reward)
-        self.schedule.check(self.prompts.columns)
+        schedule = as_schedule(reward)
+        schedule.check(self.prompts.columns)
+        # The first of the splits is the one for training.
+        self.schedule: Schedule = schedule.fitted(self.prompts.family[0])
         self.max_new_tokens = positive("max_new_tokens", max_new_tokens)
         self.budget: Budget = budget
         self.respond = respond

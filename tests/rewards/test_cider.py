@@ -9,7 +9,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from textgym.rewards import Bleu, Cider, TextBatch, make_reward
+from textgym.prompts import Prompts
+from textgym.rewards import Bleu, Cider, TextBatch, dense, make_reward, terminal
+from textgym.task import Task
 
 REFERENCES = [
     ["a cat sat on the mat", "the cat is on a mat"],
@@ -132,3 +134,24 @@ def test_is_fitted_on_training_rows_once():
     assert [(weight, part.name) for weight, part in both.parts()] == [(1.0, "both")]
     plain = Bleu() + 2 * Bleu()
     assert plain.fitted(rows) is plain
+
+
+def test_a_task_fits_it_on_the_training_split_and_a_run_keeps_it(tmp_path):
+    rows = [{"prompt": f"Say {i}:", "references": [f"number {i} is said"]} for i in range(8)]
+    train, held_out = Prompts(rows).split(3)
+    held_out, test = held_out.split(1)
+    expected = Cider.from_references([r["references"] for r in train])
+    given = terminal(Bleu()) + dense(0.1 * Cider())
+    for table in (train, held_out, test, held_out[:1]):
+        schedule = Task(prompts=table, reward=given).schedule
+        schedule.keep(tmp_path / table.name)
+        assert Cider.load(tmp_path / table.name / "cider.json").frequencies == expected.frequencies
+        batch = TextBatch.from_texts(["number 1"], [rows[1]])
+        track = schedule.begin(rows[1], "")
+        paid = schedule.pay([track], batch, np.array([True]), np.array([False]))
+        assert paid.components["cider"] == pytest.approx(expected.score(batch))
+        assert paid.status == [None]
+    plain = Task(prompts=train, reward=(bleu := terminal(Bleu()))).schedule
+    assert plain is bleu
+    plain.keep(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()

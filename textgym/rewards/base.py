@@ -18,6 +18,7 @@ import math
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -143,6 +144,9 @@ class Reward:
         A task calls it once with the first table of its prompts' family; what it gives is frozen.
         """
         return self
+
+    def keep(self, folder: Path) -> None:
+        """Write what `fitted` froze into the folder of a run, which is made if need be."""
 
     def corpus(self, batch: TextBatch) -> Corpus:
         """Score the batch as a whole: the mean of its values, where nothing better is defined."""

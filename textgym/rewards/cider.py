@@ -173,6 +173,11 @@ class Cider(Reward):
         fitted: Cider = self.last_fit[1]
         return fitted
 
+    def keep(self, folder: Path) -> None:
+        """Write the document frequencies, as `cider.json` if that is the reward's name."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save(folder / f"{self.name}.json")
+
     @functools.cached_property
     def last_fit(self) -> list[Any]:
         """Remember the rows of the last fit, and what it gave."""

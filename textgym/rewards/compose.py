@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,11 @@ class Sum(Reward):
             return self
         return Sum(terms).named(self.name) if self._is_named else Sum(terms)
 
+    def keep(self, folder: Path) -> None:
+        """Write what the parts froze."""
+        for _, part in self.terms:
+            part.keep(folder)
+
     def begin(self, row: Mapping[str, Any]) -> Cursor | None:
         """Begin a cursor if every part that counts has one."""
         counting = [(weight, part) for weight, part in self.terms if weight]
@@ -152,6 +158,11 @@ class Product(Reward):
         if left is self.left and right is self.right:
             return self
         return Product(left, right).named(self.name)
+
+    def keep(self, folder: Path) -> None:
+        """Write what the factors froze."""
+        self.left.keep(folder)
+        self.right.keep(folder)
 
     def begin(self, row: Mapping[str, Any]) -> Cursor | None:
         """Begin a cursor if both factors have one."""

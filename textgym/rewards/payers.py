@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,15 @@ class Payer:
             RewardColumnError: If one is missing.
         """
         self.reward.check(columns)
+
+    def fitted(self, rows: Sequence[Mapping[str, Any]]) -> Self:
+        """Give the payer of the fitted reward."""
+        reward = self.reward.fitted(rows)
+        if reward is self.reward:
+            return self
+        twin = copy.copy(self)
+        twin.reward = reward
+        return twin
 
     def begin(self, row: Mapping[str, Any]) -> Any:
         """Begin an episode; the state has `copy()`, or is None."""

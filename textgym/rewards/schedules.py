@@ -27,8 +27,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -134,6 +135,24 @@ class Schedule:
         """
         for part in self._parts:
             part.payer.check(columns)
+
+    def fitted(self, rows: Sequence[Mapping[str, Any]]) -> Self:
+        """Give the schedule of the rewards as they are fitted on the training rows; mostly itself.
+
+        See `Reward.fitted`.
+        """
+        payers = [part.payer.fitted(rows) for part in self._parts]
+        if all(new is part.payer for new, part in zip(payers, self._parts, strict=True)):
+            return self
+        twin = copy.copy(self)
+        pairs = zip(self._parts, payers, strict=True)
+        twin._parts = tuple(replace(part, payer=payer) for part, payer in pairs)
+        return twin
+
+    def keep(self, folder: Path) -> None:
+        """Write what `fitted` froze into the folder of a run; mostly nothing."""
+        for part in self._parts:
+            part.payer.reward.keep(folder)
 
     def begin(self, row: Mapping[str, Any], prompt: Prompt) -> Track:
         """Begin an episode on a row of the prompt table."""
