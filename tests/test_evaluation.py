@@ -18,8 +18,10 @@ from textgym.evaluation import (
     interval,
     mean_metric,
     perplexity_metric,
+    reward_metric,
     rouge_metric,
 )
+from textgym.rewards import Ter, TextBatch, TokenF1, as_reward
 
 WORDS = st.sampled_from(["a", "b", "the cat", "sat", "on", "mat.", "Mat", ",", ""])
 TEXT = st.lists(WORDS, max_size=9).map(" ".join)
@@ -65,6 +67,24 @@ def test_rouge_is_the_mean_over_best_references(kind: str) -> None:
         for text, targets in zip(texts, references, strict=True)
     ]
     assert rouge_metric(kind, texts, references).value == pytest.approx(np.mean(best), abs=1e-9)
+
+
+def test_a_reward_is_a_metric() -> None:
+    """By its corpus form, of which a resample is a weighted sum; by the mean where it has none."""
+    texts, references = ["the cat sat", "", "dogs run"], ["a cat sat", "x", "dogs run fast"]
+    batch = TextBatch.from_texts(texts, [{"references": r} for r in references])
+    ter = reward_metric(Ter(), batch)
+    assert ter.name == "ter" and ter.value == pytest.approx(1 - 3 / 7)
+    twice = ter.score(np.array([2.0, 0.0, 1.0]) @ ter.statistics)
+    assert twice == pytest.approx(1 - (2 * 1 + 1) / 9)
+    f1 = reward_metric(TokenF1(), batch, "F1")
+    assert f1.name == "F1" and f1.value == pytest.approx(np.mean([1, 0, 0.8]))
+    assert interval(f1).low <= f1.value <= interval(f1).high
+
+
+def test_a_reward_without_values_has_no_mean() -> None:
+    batch = TextBatch.from_texts(["a", "b"])
+    assert math.isnan(reward_metric(as_reward(lambda text: None), batch).value)
 
 
 def test_bad_corpora_are_named() -> None:

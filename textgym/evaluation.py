@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from textgym.rewards import Rouge, TextBatch
+from textgym.rewards import Bleu, Reward, Rouge, TextBatch
+from textgym.rewards.base import mean_of_sums
+from textgym.rewards.diversity import distinct_n as distinct_n
 from textgym.streams import generator, mix64, uniform53
 
 FloatArray = NDArray[np.float64]
@@ -90,7 +90,19 @@ def mean_metric(name: str, values: ArrayLike) -> Metric:
     """
     numbers = np.asarray(values, np.float64).reshape(-1)
     there = ~np.isnan(numbers)
-    return Metric(name, np.stack([np.where(there, numbers, 0.0), there], 1), _ratio)
+    return Metric(name, np.stack([np.where(there, numbers, 0.0), there], 1), mean_of_sums)
+
+
+def reward_metric(reward: Reward, batch: TextBatch, name: str | None = None) -> Metric:
+    """Score of a set of texts by a reward: by its own corpus form, else the mean of its values.
+
+    Args:
+        reward: What scores.
+        batch: The texts, with the rows of their prompts.
+        name: What tables call it; by default the name of the reward.
+    """
+    corpus = reward.corpus(batch)
+    return Metric(reward.name if name is None else name, corpus.statistics, corpus.score)
 
 
 def bleu_metric(
@@ -106,13 +118,8 @@ def bleu_metric(
     Raises:
         ValueError: The numbers of texts and reference lists differ, or a list is empty.
     """
-    _check(texts, references)
-    metric = _sacrebleu(lowercase)
-    statistics = np.zeros((len(texts), 10))
-    for i, (text, targets) in enumerate(zip(texts, references, strict=True)):
-        scored = metric.sentence_score(text, list(targets))
-        statistics[i] = [*scored.counts, *scored.totals, scored.sys_len, scored.ref_len]
-    return Metric("bleu", statistics, _corpus_bleu)
+    reward = Bleu(lowercase=lowercase, effective_order=False)
+    return reward_metric(reward, _batch(texts, references))
 
 
 def rouge_metric(kind: str, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Metric:
@@ -127,10 +134,7 @@ def rouge_metric(kind: str, texts: Sequence[str], references: Sequence[Sequence[
         ValueError: The kind is unknown, the numbers of texts and reference lists differ, or a list
             is empty.
     """
-    _check(texts, references)
-    rows = [{"references": list(targets)} for targets in references]
-    batch = TextBatch.from_texts(texts, rows)
-    return mean_metric(kind, np.asarray(Rouge(kind).score(batch), np.float64))
+    return reward_metric(Rouge(kind), _batch(texts, references))
 
 
 def perplexity_metric(logprobs: ArrayLike, tokens: ArrayLike, name: str = "perplexity") -> Metric:
@@ -142,21 +146,7 @@ def perplexity_metric(logprobs: ArrayLike, tokens: ArrayLike, name: str = "perpl
         name: What tables call it.
     """
     statistics = np.stack([np.asarray(logprobs, np.float64), np.asarray(tokens, np.float64)], 1)
-    return Metric(name, statistics, lambda sums: np.exp(-_ratio(sums)))
-
-
-def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams of all texts (Li et al. 2016, "distinct-n"), 0 to 1.
-
-    It has no bootstrap interval: a resample repeats texts, so it holds fewer different n-grams than
-    the sample, whatever the texts are.
-
-    Args:
-        texts: The texts, split at white space.
-        n: Order of the n-grams.
-    """
-    grams = [gram for text in texts for gram in _grams(text.split(), n)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    return Metric(name, statistics, lambda sums: np.exp(-mean_of_sums(sums)))
 
 
 def interval(
@@ -262,38 +252,7 @@ def _ends(scores: FloatArray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _ratio(sums: FloatArray) -> FloatArray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(sums[..., 0] / sums[..., 1])
-
-
-def _corpus_bleu(sums: FloatArray) -> FloatArray:
-    """BLEU (Papineni et al. 2002) with sacrebleu's `exp` smoothing, from sums `[..., 10]`.
-
-    Columns: matches of orders 1 to 4, n-grams of orders 1 to 4, length, closest reference length.
-    """
-    correct, total = sums[..., :4], sums[..., 4:8]
-    length, target = sums[..., 8], sums[..., 9]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        zeros_so_far = np.cumsum(correct == 0, -1)
-        smoothed = np.where(correct == 0, 0.5**zeros_so_far, correct) / total
-        brevity = np.where(length < target, np.exp(1 - target / length), 1.0)
-        score = brevity * np.exp(np.log(smoothed).mean(-1))
-    return np.where((correct > 0).any(-1) & (total > 0).all(-1), score, 0.0)
-
-
-@cache
-def _sacrebleu(lowercase: bool) -> Any:
-    from sacrebleu.metrics.bleu import BLEU
-
-    return BLEU(effective_order=True, lowercase=lowercase)  # only its counts are used
-
-
-def _grams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def _check(texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+def _batch(texts: Sequence[str], references: Sequence[Sequence[str]]) -> TextBatch:
     if len(texts) != len(references):
         raise ValueError(
             "expected a list of references a text, "
@@ -304,3 +263,4 @@ def _check(texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
             raise ValueError(
                 f"expected a list of one or more references for text {i}, got {targets!r}"
             )
+    return TextBatch.from_texts(texts, [{"references": list(targets)} for targets in references])

@@ -4,10 +4,11 @@ from textgym.rewards.base import Corpus, Cursor, Example, Reward, Scores
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.bleu import Bleu
 from textgym.rewards.chrf import Chrf
-from textgym.rewards.cider import Cider, Frequencies
+from textgym.rewards.cider import Cider
 from textgym.rewards.diversity import Distinct, Repetition, SelfBleu
 from textgym.rewards.errors import RewardColumnError, RewardError, TextFailure
 from textgym.rewards.exact_match import ExactMatch
+from textgym.rewards.frequencies import Frequencies
 from textgym.rewards.functions import as_reward
 from textgym.rewards.length import LengthPenalty, LengthWindow, SoftOverlong
 from textgym.rewards.meteor import Meteor

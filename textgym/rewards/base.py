@@ -153,7 +153,7 @@ class Reward:
         values = self.evaluate(batch).values
         known = np.isfinite(values)
         statistics = np.stack([np.where(known, values, 0.0), known.astype(np.float64)], axis=1)
-        return Corpus(statistics, lambda sums: sums[..., 0] / sums[..., 1])
+        return Corpus(statistics, mean_of_sums)
 
     def examples(self) -> tuple[Example, ...]:
         """Give texts with what they earn, the best first; nothing where there is no such text."""
@@ -297,6 +297,12 @@ def with_retry(
     for i, status in zip(failed, again.status, strict=True):
         scores.status[i] = status
     return scores
+
+
+def mean_of_sums(sums: FloatArray) -> FloatArray:
+    """Divide sums of values by how many there are, `[..., 2]`; NaN where there is none."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(sums[..., 0] / sums[..., 1])
 
 
 def strict_error(name: str, status: str | None, traceback: str | None) -> RewardError:
