@@ -21,6 +21,16 @@ from textgym.rewards.rouge import Rouge
 from textgym.rewards.schedules import Schedule
 from textgym.rewards.ter import Ter
 from textgym.rewards.token_f1 import TokenF1
+from textgym.rewards.verifiers import (
+    Countdown,
+    Json,
+    JsonSchema,
+    Math,
+    MultipleChoice,
+    Numeric,
+    WordConstraints,
+    think_answer,
+)
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "bleu": Bleu,
@@ -39,6 +49,14 @@ REWARDS: dict[str, Callable[[], Reward]] = {
     "self_bleu": SelfBleu,
     "repetition": Repetition,
     "length": LengthPenalty,
+    "numeric": Numeric,
+    "math": Math,
+    "multiple_choice": MultipleChoice,
+    "countdown": Countdown,
+    "json": Json,
+    "json_schema": JsonSchema,
+    "think_answer": think_answer,
+    "words": WordConstraints,
 }
 
 _WORD = re.compile(

@@ -55,7 +55,7 @@ class JsonSchema(PooledVerifier):
     **The column**, if one is named, holds the schema of its row: a mapping, or JSON of one.
 
     **Range** 0 or 1. **Cost** linear in the text, and in a worker what the schema costs: about 100
-    microseconds; at most `cpu_seconds`. **Statuses** of what could not be judged: `too long` (more than
+    microseconds; at most `cpu_seconds`. **Statuses** of what could not be judged: `too long` (over
     100,000 characters), `timeout`, `memory`, `recursion`, `crash`.
 
     Args:
