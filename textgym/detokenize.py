@@ -32,15 +32,14 @@ class TextStream(Protocol):
     """The text of one response.
 
     Attributes:
-        read: Ids read so far.
-        text: Their text, without a character that has only begun.
+        text: The text so far, without a character that has only begun.
     """
 
-    read: int
+    text: str
 
     @property
-    def text(self) -> str:
-        """The text so far."""
+    def read(self) -> int:
+        """Ids read so far."""
 
     def push(self, ids: Sequence[int]) -> str:
         """Read the next ids; give the text so far."""
@@ -59,31 +58,26 @@ class Detokenizer:
         self, backend: tk.Tokenizer, decode: Callable[[Sequence[int]], str], *, exact: bool
     ) -> None:
         self._backend = backend
-        self._decode = decode
         added = backend.get_added_tokens_decoder()
         self._special = {token.content for token in added.values() if token.special}
         self._pieces: dict[int, Any] = {}
         decoder = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
         self._replace: list[tuple[str, str]] = []
         self._strip = 0
-        self._kind: type[Any] = _Whole
+        self._piece: Callable[[str], Any] = str
+        self._begin: Callable[[], TextStream] = lambda: _Whole(decode)
         if not exact:
             return
         if decoder is None or decoder["type"] == "Metaspace":
-            self._kind, self._piece = _Joined, self._joined
+            self._piece, self._begin = self._joined, lambda: _Joined(self.piece)
         elif decoder["type"] == "ByteLevel":
-            self._kind, self._piece = _Bytes, self._bytes
+            self._piece, self._begin = self._bytes, lambda: _Bytes(self.piece)
         elif decoder["type"] == "Sequence" and self._reads_fallback(decoder["decoders"]):
-            self._kind, self._piece = _Fallback, self._fallback
+            self._piece, self._begin = self._fallback, lambda: _Fallback(self.piece, self._strip)
 
     def stream(self) -> TextStream:
         """Begin an empty response."""
-        if self._kind is _Whole:
-            return _Whole(self._decode)
-        if self._kind is _Fallback:
-            return _Fallback(self.piece, self._strip)
-        stream: TextStream = self._kind(self.piece)
-        return stream
+        return self._begin()
 
     def piece(self, token_id: int) -> Any:
         """What one id adds, made once; None for what is skipped."""
@@ -91,8 +85,11 @@ class Detokenizer:
             return self._pieces[token_id]
         except KeyError:
             token = self._backend.id_to_token(token_id)
-            skipped = token is None or token in self._special
-            piece = self._pieces[token_id] = None if skipped else self._piece(token)
+            if token is None or token in self._special:
+                piece = None
+            else:
+                piece = self._piece(token)
+            self._pieces[token_id] = piece
             return piece
 
     def _joined(self, token: str) -> tuple[str, str]:

@@ -412,6 +412,7 @@ class TokenMDP:
         known = self._said[row]
         if known is None:
             said = np.flatnonzero(self.replied[row])
-            earlier = self.ids[row, self.prompt_length[row] : said[-1] + 1] if len(said) else []
-            known = self._said[row] = len(self.task.tokenizer.decode(list(map(int, earlier))))
+            last = said[-1] + 1 if len(said) else self.prompt_length[row]
+            earlier = self.ids[row, self.prompt_length[row] : last].tolist()
+            known = self._said[row] = len(self.task.tokenizer.decode(earlier))
         return known
