@@ -89,13 +89,12 @@ def check_reward(
             raise ValueError(f"{error} Give examples, whose rows have it (`--data`).") from error
     checked = checked.fitted([example.row for example in given])
     limits = limits or Limits()
-    jobs = _jobs(checked, given, tolerance)
+    jobs = _jobs(checked, given, tolerance, skip)
     prepare = partial(probes.together, checked, _known(given))
     ran = guarded(list(jobs.values()), limits, prepare=prepare)
     outcomes = dict(zip(jobs, ran, strict=True))
     judge = Verdicts(checked, given, outcomes, tolerance, max_cpu_us, max_memory_mb)
-    checks = [check for check in judge.checks() if check.name not in skip]
-    checks.sort(key=lambda check: CHECKS.index(check.name))
+    checks = sorted(judge.checks(skip), key=lambda check: CHECKS.index(check.name))
     statuses = tuple(sorted(judge.statuses))
     return Report(checked.name, checked.low, checked.high, tuple(checks), judge.cost, statuses)
 
@@ -106,14 +105,14 @@ def _known(examples: tuple[Example, ...]) -> tuple[Example, ...]:
 
 
 def _jobs(
-    reward: Reward, examples: tuple[Example, ...], tolerance: float
+    reward: Reward, examples: tuple[Example, ...], tolerance: float, skip: Collection[str]
 ) -> dict[Any, Callable[[], Any]]:
     """What is asked of the reward, by the keys that `Verdicts` knows."""
     known = _known(examples)
     rows, texts = [e.row for e in known], [e.text for e in known]
     jobs: dict[Any, Callable[[], Any]] = {
         "together": partial(probes.together, reward, known),
-        "again": partial(probes.together, reward, known),
+        "deterministic": partial(probes.together, reward, known),
         "order": partial(probes.reversed_order, reward, known),
         "batch": partial(probes.one_by_one, reward, known),
         "dense": partial(probes.dense_sums, reward, known),
@@ -123,13 +122,18 @@ def _jobs(
         "cost": partial(probes.cost, reward, known),
         "other answers": partial(probes.scored, reward, texts[1:] + texts[:1], rows),
     }
+    different = list({repr(row): row for row in rows}.values())
     for i, example in enumerate(known):
         jobs["cursor", i] = partial(probes.cursor_errors, reward, example, tolerance)
     for text in (*EMPTY, *GARBAGE):
         jobs["nonsense", text] = partial(probes.scored, reward, [text] * len(rows), rows)
     for name, text in HOSTILE.items():
-        for i, row in enumerate(rows[:HOSTILE_ROWS]):
+        for i, row in enumerate(different[:HOSTILE_ROWS]):
             jobs["hostile", name, i] = partial(probes.scored, reward, [text], [row])
         short = text[:HOSTILE_DENSE]
         jobs["hostile cursor", name] = partial(probes.hostile_cursor, reward, rows[0], short)
-    return jobs
+    return {
+        key: job
+        for key, job in jobs.items()
+        if (key if isinstance(key, str) else key[0]) not in skip
+    }

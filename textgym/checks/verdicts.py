@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from textgym.checks import probes
 from textgym.checks.guard import Outcome
+from textgym.checks.hostile import HOSTILE
 from textgym.checks.report import Check
 from textgym.rewards.base import TEXT_FAULT, Example, Reward
 
@@ -31,36 +32,39 @@ class Verdicts:
     max_memory_mb: float | None
     values: list[float] = field(default_factory=list)
     statuses: set[str] = field(default_factory=set)
-    cost: dict[str, float] = field(default_factory=dict)
+    cost: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("cpu_us", "wall_us", "memory_mb"), math.nan)
+    )
 
     @property
     def half(self) -> float:
         """The middle of the range, above which nonsense must not come."""
         return self.reward.low + 0.5 * (self.reward.high - self.reward.low)
 
-    def checks(self) -> Iterator[Check]:
-        """Judge the outcomes; those that see values come before `range`."""
-        yield self._columns()
-        yield self._examples()
-        yield self._oracle()
-        yield self._nonsense("empty", EMPTY)
-        yield self._nonsense("garbage", GARBAGE)
-        yield self._other_answers()
-        yield self._equal("deterministic", "again", 0.0, "two calls")
-        yield self._equal("order", "order", self.tolerance, "the batch and the batch reversed")
-        if self.reward.per_text:
-            yield self._equal("batch", "batch", self.tolerance, "one by one and together")
-        else:
-            yield Check("batch", "skip", "the value depends on the batch (per_text is False)")
-        yield from self._hostile()
-        yield self._dense()
-        yield self._cursor()
-        yield self._hostile_cursor()
-        yield self._reads_only()
-        yield self._equal("pickle", "pickle", self.tolerance, "the reward and its pickle")
-        yield self._equal("deepcopy", "deepcopy", self.tolerance, "the reward and its deep copy")
-        yield self._cost()
-        yield self._range()
+    def checks(self, skip: Collection[str]) -> list[Check]:
+        """Judge the outcomes; `range` comes last, when all values have been seen."""
+        judges: dict[str, Callable[[], Check]] = {
+            "columns": self._columns,
+            "examples": self._examples,
+            "oracle": self._oracle,
+            "empty": lambda: self._nonsense("empty", EMPTY),
+            "garbage": lambda: self._nonsense("garbage", GARBAGE),
+            "other answers": self._other_answers,
+            "deterministic": lambda: self._equal("deterministic", 0.0, "two calls"),
+            "order": lambda: self._equal("order", self.tolerance, "the batch and its reverse"),
+            "batch": self._batch,
+            "hostile": self._hostile,
+            "hostile paid": self._hostile_paid,
+            "dense": self._dense,
+            "cursor": self._cursor,
+            "hostile cursor": self._hostile_cursor,
+            "reads only": self._reads_only,
+            "pickle": lambda: self._equal("pickle", self.tolerance, "reward and pickle"),
+            "deepcopy": lambda: self._equal("deepcopy", self.tolerance, "reward and deep copy"),
+            "cost": self._cost,
+            "range": self._range,
+        }
+        return [judge() for name, judge in judges.items() if name not in skip]
 
     def _columns(self) -> Check:
         columns = tuple(self.examples[0].row) if self.examples else ()
@@ -125,16 +129,27 @@ class Verdicts:
         return Check(name, "fail" if over else "pass", f"at most {highest:.6g}, for {worst!r}")
 
     def _other_answers(self) -> Check:
-        outcome = self.outcomes["other answers"]
-        distinct = len({example.text for example in self.examples})
-        if outcome.status != "ok" or distinct < 2 or not self.reward.judges_content:
-            return Check("other answers", "skip", "needs examples of two texts and more")
-        values = np.array(self._scored(outcome)["values"])
+        outcome, number = self.outcomes["other answers"], len(self.examples)
+        # Text i + 1 answered row i.
+        others = [
+            i
+            for i, example in enumerate(self.examples)
+            if repr(self.examples[(i + 1) % number].row) != repr(example.row)
+            and self.examples[(i + 1) % number].text != example.text
+        ]
+        if outcome.status != "ok" or not others or not self.reward.judges_content:
+            return Check("other answers", "skip", "needs examples that answer several rows")
+        values = np.array(self._scored(outcome)["values"])[others]
         paid = f"{int((values > self.half).sum())} of {len(values)}"
         return Check("other answers", "note", f"{paid} answers to another row earn over half")
 
-    def _equal(self, name: str, key: str, tolerance: float, what: str) -> Check:
-        first, second = self.outcomes["together"], self.outcomes[key]
+    def _batch(self) -> Check:
+        if not self.reward.per_text:
+            return Check("batch", "skip", "the value depends on the batch (per_text is False)")
+        return self._equal("batch", self.tolerance, "one by one and together")
+
+    def _equal(self, name: str, tolerance: float, what: str) -> Check:
+        first, second = self.outcomes["together"], self.outcomes[name]
         for outcome in (first, second):
             if outcome.status != "ok":
                 return Check(name, "fail", _said(outcome))
@@ -143,39 +158,44 @@ class Verdicts:
         differ = ~((np.abs(a - b) <= tolerance) | (np.isnan(a) & np.isnan(b)))
         if differ.any():
             i = int(np.argmax(differ))
-            return Check(name, "fail", f"{what}: {a[i]!r} and {b[i]!r} for the same text")
+            return Check(name, "fail", f"{what}: {a[i]:.10g} and {b[i]:.10g} for one text")
         return Check(name, "pass", f"{what} agree")
 
-    def _hostile(self) -> Iterator[Check]:
-        worst, paid, count, faults = "", [], 0, 0
-        for key, outcome in self.outcomes.items():
-            if key[0] != "hostile":
-                continue
-            count += 1
+    def _hostile(self) -> Check:
+        tried = self._of("hostile")
+        unscored: dict[str, list[str]] = {}  # names of texts by what became of them
+        for (name, _), outcome in tried.items():
             if outcome.status != "ok":
-                worst = worst or f"{key[1]!r}: {_said(outcome)}"
                 self.statuses.add(outcome.status)
-                faults += 1
-                continue
-            found = self._scored(outcome)
-            if _is_failure(found["status"][0]):
-                worst = worst or f"{key[1]!r}: {found['status'][0]}"
-                faults += 1
-            elif found["values"][0] > self.half:
-                paid.append(key[1])
-        if worst:
-            yield Check("hostile", "fail", f"{faults} of {count} texts are unscored; {worst}")
-        else:
-            slowest = max(o.wall_seconds for k, o in self.outcomes.items() if k[0] == "hostile")
-            detail = f"{count} texts have a value or are at fault; the slowest took {slowest:.2g} s"
-            yield Check("hostile", "pass", detail)
-        if self.reward.judges_content:
-            names = list(dict.fromkeys(paid))
-            more = ", ..." if len(names) > _NAMED else ""
-            which = f": {', '.join(names[:_NAMED])}{more}" if names else ""
-            yield Check("hostile paid", "note", f"{len(names)} texts earn over half{which}")
-        else:
-            yield Check("hostile paid", "skip", "it judges form alone (judges_content is False)")
+                unscored.setdefault(f"{outcome.status} ({outcome.detail})", []).append(name)
+            elif _is_failure(status := self._scored(outcome)["status"][0]):
+                unscored.setdefault(_short(status), []).append(name)
+        if unscored:
+            said = "; ".join(f"{why}: {_names(names)}" for why, names in unscored.items())
+            number = len({name for names in unscored.values() for name in names})
+            return Check(
+                "hostile", "fail", f"{number} of {len(HOSTILE)} texts are unscored: {said}"
+            )
+        slowest = max(outcome.wall_seconds for outcome in tried.values())
+        detail = f"all {len(HOSTILE)} texts have a value; the slowest took {slowest:.2g} s"
+        return Check("hostile", "pass", detail)
+
+    def _hostile_paid(self) -> Check:
+        if not self.reward.judges_content:
+            return Check("hostile paid", "skip", "it judges form alone (judges_content is False)")
+        if not self._of("hostile"):
+            return Check("hostile paid", "skip", "the hostile texts are skipped")
+        paid = [
+            name
+            for (name, _), outcome in self._of("hostile").items()
+            if outcome.status == "ok" and outcome.value["values"][0] > self.half
+        ]
+        detail = f"{len(set(paid))} texts earn over half" + (f": {_names(paid)}" if paid else "")
+        return Check("hostile paid", "note", detail)
+
+    def _of(self, kind: str) -> dict[Any, Outcome]:
+        """The outcomes of one kind of job, by what else is in their keys."""
+        return {key[1:]: outcome for key, outcome in self.outcomes.items() if key[0] == kind}
 
     def _dense(self) -> Check:
         outcome = self.outcomes["dense"]
@@ -187,31 +207,27 @@ class Verdicts:
         return Check("dense", "pass", "what is paid token by token adds up to the score")
 
     def _cursor(self) -> Check:
-        found = [outcome for key, outcome in self.outcomes.items() if key[0] == "cursor"]
+        found = list(self._of("cursor").values())
         for outcome in found:
             if outcome.status != "ok":
                 return Check("cursor", "fail", _said(outcome))
-        if all(outcome.value is None for outcome in found):
-            return Check("cursor", "skip", "it has none: dense scores the whole text")
-        for outcome in found:
             if outcome.value:
                 return Check("cursor", "fail", outcome.value)
+        if all(outcome.value is None for outcome in found):
+            return Check("cursor", "skip", "it has none: dense scores the whole text")
         return Check("cursor", "pass", "equals the score at every prefix; copies are independent")
 
     def _hostile_cursor(self) -> Check:
-        any_cursor = False
-        for key, outcome in self.outcomes.items():
-            if key[0] != "hostile cursor":
-                continue
+        found = self._of("hostile cursor")
+        for (name,), outcome in found.items():
             if outcome.status != "ok":
-                return Check("hostile cursor", "fail", f"{key[1]!r}: {_said(outcome)}")
+                return Check("hostile cursor", "fail", f"{name!r}: {_said(outcome)}")
             if outcome.value is None:
                 continue
-            any_cursor = True
             value, score = outcome.value
             if not abs(value - score) <= self.tolerance:
-                return Check("hostile cursor", "fail", f"{key[1]!r}: {value!r}, score {score!r}")
-        if not any_cursor:
+                return Check("hostile cursor", "fail", f"{name!r}: {value!r}, score {score!r}")
+        if all(outcome.value is None for outcome in found.values()):
             return Check("hostile cursor", "skip", "it has none")
         return Check("hostile cursor", "pass", "equals the score of the same texts")
 
@@ -247,6 +263,13 @@ class Verdicts:
         detail = f"{least:.6g} to {most:.6g} paid, [{self.reward.low:g}, {self.reward.high:g}] said"
         within = self.reward.low - 1e-9 <= least and most <= self.reward.high + 1e-9
         return Check("range", "pass" if within else "fail", detail)
+
+
+def _names(names: list[str]) -> str:
+    """The first of some names, each once."""
+    different = list(dict.fromkeys(names))
+    more = ", ..." if len(different) > _NAMED else ""
+    return ", ".join(different[:_NAMED]) + more
 
 
 def _is_failure(status: str | None) -> bool:

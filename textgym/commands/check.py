@@ -19,8 +19,9 @@ from rich.table import Table
 
 from textgym.checks import Limits, Report, check_reward
 from textgym.commands.errors import UsageError, reported
+from textgym.commands.setup import reward_of
 from textgym.prompts import Prompts
-from textgym.rewards import Example, Reward, parse_reward
+from textgym.rewards import Example, Reward
 
 COLORS = {"pass": "green", "fail": "red", "skip": "dim", "note": "cyan"}
 
@@ -67,7 +68,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"write `textgym check reward {options[0]}`: rewards are what it checks")
     args = tyro.cli(CheckArgs, args=options, prog="textgym check reward", description=__doc__)
     with reported():
-        reward = parse_reward(args.reward)
+        reward = reward_of(args.reward)
         if not isinstance(reward, Reward):
             raise UsageError(
                 f"{args.reward!r} is a schedule, which says when a reward is paid: check the "
