@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from textgym.sandbox.process import SandboxError, Zygote
+from textgym.sandbox.outcome import SandboxError
+from textgym.sandbox.process import Zygote
 from textgym.sandbox.selftest import self_test
 
 

@@ -110,9 +110,7 @@ def confine(
     attempt("resource limits", lambda: limit(cpu_seconds, memory_mb, own_count), missing)
     attempt("cpu timer", lambda: kill_after(cpu_seconds), missing)
     attempt("no capabilities", drop_capabilities, missing)
-    attempt(
-        "no new privileges", lambda: syscall("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), missing
-    )
+    attempt("no new privileges", lambda: syscall("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), missing)
     if rules is not None:
         attempt("landlock", lambda: restrict(rules), missing)
     if program is not None:
@@ -148,9 +146,7 @@ def kill_after(cpu_seconds: float) -> None:
     """
     event = struct.pack("Qii", 0, signal.SIGKILL, 0)
     timer = ctypes.create_string_buffer(4)
-    syscall(
-        "timer_create", PROCESS_CPU_CLOCK, ctypes.create_string_buffer(event, 64), timer
-    )
+    syscall("timer_create", PROCESS_CPU_CLOCK, ctypes.create_string_buffer(event, 64), timer)
     (number,) = struct.unpack("i", timer.raw)
     seconds = max(1, int(cpu_seconds * 1e9))
     when = struct.pack("qqqq", 0, 0, *divmod(seconds, 10**9))
@@ -161,6 +157,4 @@ def drop_capabilities() -> None:
     """Give up every capability, those of root and those inside a user namespace."""
     header = struct.pack("Ii", 0x20080522, 0)
     none = bytes(24)
-    syscall(
-        "capset", ctypes.create_string_buffer(header, 8), ctypes.create_string_buffer(none, 24)
-    )
+    syscall("capset", ctypes.create_string_buffer(header, 8), ctypes.create_string_buffer(none, 24))

@@ -40,8 +40,14 @@ def run_probe(job: dict[str, Any], result: int, missing: dict[str, str]) -> NoRe
         _works(lambda: os.kill(os.getppid(), signal.SIGKILL))
         os._exit(0)
     attempts = _attempts(job["folder"], job["scorer"], job["memory_mb"])
-    write_frame(result, [missing, [name for name, tries in attempts.items() if any(map(_works, tries))]])
-    _works(lambda: os.execv(sys.executable, [sys.executable, "-S", "-c", f"exit({EXIT_EXECUTED})"]))
+    write_frame(
+        result, [missing, [name for name, tries in attempts.items() if any(map(_works, tries))]]
+    )
+    _works(
+        lambda: os.execv(
+            sys.executable, [sys.executable, "-S", "-c", f"raise SystemExit({EXIT_EXECUTED})"]
+        )
+    )
     os._exit(0)
 
 

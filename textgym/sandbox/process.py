@@ -8,19 +8,22 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from textgym.sandbox.frames import encode
-from textgym.sandbox.job import EXIT_STATUS
-from textgym.sandbox.plain import parse_answer
+from textgym.sandbox.outcome import (
+    Job,
+    Outcome,
+    SandboxError,
+    ZygoteDiedError,
+    answers_in,
+    status_of,
+)
 
 START_SECONDS = 60.0
 # How long the zygote may take to end a job that it was told to end.
@@ -43,60 +46,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
-_LENGTH = struct.Struct("<I")
-
-
-class SandboxError(RuntimeError):
-    """The sandbox failed, or is not good enough; no program is to blame."""
-
-
-class ZygoteDiedError(SandboxError):
-    """The zygote is gone, or does not answer."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A program to run, with its budget.
-
-    Attributes:
-        code: The source.
-        entry_point: The function to call, `name` or `Class.name`; None for the last one defined.
-        calls: Its arguments, call by call, as the JSON of `textgym.sandbox.plain`; None for a
-            program that reads `stdin` and writes its output.
-        stdin: What a program reads.
-        cpu_seconds: CPU time for all of it.
-        wall_seconds: Time on the clock for all of it, waiting for the CPU included.
-        memory_mb: Address space in MiB, some 60 of them Python's own.
-    """
-
-    code: str
-    entry_point: str | None = None
-    calls: Sequence[Any] | None = None
-    stdin: str = ""
-    cpu_seconds: float = 2.0
-    wall_seconds: float = 20.0
-    memory_mb: int = 512
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended.
-
-    Attributes:
-        status: `"ok"`: it ended by itself, every call answered. Else `"timeout"`, `"memory"`,
-            `"output"` (more than 1 MiB), `"syntax"`, `"recursion"`, `"exception"`, `"no entry
-            point"` or `"crash"`.
-        answers: What was said of each call, until it ended: `["ok", JSON]` or `[reason]`. A claim.
-        output: What a program wrote.
-        cpu_seconds: The CPU time that it took, by the kernel's account.
-        memory_mb: Its largest resident size, MiB.
-    """
-
-    status: str
-    answers: list[list[Any]] = field(default_factory=list)
-    output: bytes = b""
-    cpu_seconds: float = 0.0
-    memory_mb: float = 0.0
 
 
 class Zygote:
@@ -108,11 +57,15 @@ class Zygote:
 
     def __init__(self) -> None:
         self.missing: tuple[str, ...] = ()
+        self.starts = 0
         self._start()
 
     def _start(self) -> None:
+        self.starts += 1
         if sys.platform != "linux":
-            raise SandboxError(f"the sandbox for model-written code needs Linux, not {sys.platform}")
+            raise SandboxError(
+                f"the sandbox for model-written code needs Linux, not {sys.platform}"
+            )
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         here = Path(__file__).resolve().parent
         arguments = [str(here.parent), str(here), str(theirs.fileno()), str(os.getpid())]
@@ -161,16 +114,18 @@ class Zygote:
         content = {"code": job.code, "entry_point": job.entry_point, "calls": job.calls}
         more = b"" if job.calls is not None else job.stdin.encode("utf-8", "surrogatepass")
         limits = {"cpu_seconds": job.cpu_seconds, "memory_mb": job.memory_mb}
+        began = time.monotonic()
         end, data, stopped = self.ask(content, limits, more, job.wall_seconds)
         if data[:1] != b"+":
             why = data[1:].decode(errors="replace") or f"it ended as {end}"
             raise SandboxError(f"a job of the sandbox could not be started: {why}")
-        status = stopped or _status(end, job.cpu_seconds)
-        answers = [] if job.calls is None else _answers(data[1:], len(job.calls))
+        status = stopped or status_of(end, job.cpu_seconds)
+        answers = [] if job.calls is None else answers_in(data[1:], len(job.calls))
         if job.calls is not None and status == "ok" and len(answers) < len(job.calls):
             status = "crash"
         output = data[1:] if job.calls is None else b""
-        return Outcome(status, answers, output, end["cpu"], end["memory"])
+        took = time.monotonic() - began
+        return Outcome(status, answers, output, end["cpu"], end["memory"], took)
 
     def ask(
         self, content: dict[str, Any], limits: dict[str, Any], more: bytes, wall_seconds: float
@@ -290,32 +245,3 @@ def _end(owner: int, process: subprocess.Popen[bytes], control: socket.socket) -
     process.wait()
     if process.stderr is not None:
         process.stderr.close()
-
-
-def _status(end: dict[str, Any], cpu_seconds: float) -> str:
-    code = end["exit"]
-    if code >= 0:
-        return EXIT_STATUS.get(code, "crash")
-    if code in (-signal.SIGXCPU, -signal.SIGKILL) and end["cpu"] >= 0.9 * cpu_seconds:
-        return "timeout"
-    # Nothing else kills it but the kernel, for want of memory.
-    return "memory" if code == -signal.SIGKILL else "crash"
-
-
-def _answers(data: bytes, n: int) -> list[list[Any]]:
-    """Read at most `n` frames; what is not one ends the list, for it may be forged."""
-    answers: list[list[Any]] = []
-    at = 0
-    while len(answers) < n and at + 4 <= len(data):
-        (size,) = _LENGTH.unpack_from(data, at)
-        at += 4 + size
-        if at > len(data):
-            break
-        try:
-            answer = parse_answer(data[at - size : at])
-        except ValueError:
-            break
-        if type(answer) is not list or not 1 <= len(answer) <= 2:
-            break
-        answers.append(answer)
-    return answers

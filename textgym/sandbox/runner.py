@@ -11,12 +11,14 @@ import os
 import queue
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from textgym.sandbox.levels import Level, Report
-from textgym.sandbox.process import Job, Outcome, SandboxError, Zygote, ZygoteDiedError
+from textgym.sandbox.outcome import Job, Outcome, SandboxError, ZygoteDiedError
+from textgym.sandbox.process import Zygote
 from textgym.sandbox.selftest import self_test
 
 __all__ = ["CodeRunner", "Job", "Outcome", "SandboxError", "shared_runner"]
@@ -26,9 +28,8 @@ HONEST = Job(code="def f():\n    return 1", entry_point="f", calls=[[]])
 
 @dataclass
 class _State:
-    """What belongs to one process; a fork of it starts anew."""
+    """What runs."""
 
-    pid: int
     report: Report
     idle: queue.SimpleQueue[Zygote]
     zygotes: list[Zygote]
@@ -66,6 +67,7 @@ class CodeRunner:
         self.allow_unsandboxed_code = allow_unsandboxed_code
         self._lock = threading.Lock()
         self._state: _State | None = None
+        _RUNNERS.add(self)
 
     @property
     def report(self) -> Report:
@@ -96,23 +98,22 @@ class CodeRunner:
             state, self._state = self._state, None
         if state is None:
             return
-        if state.pid != os.getpid():
-            for zygote in state.zygotes:
-                zygote.forget()
-            return
         state.threads.shutdown(wait=True)
         for zygote in state.zygotes:
             zygote.kill()
 
     def _ready(self) -> _State:
         with self._lock:
-            if self._state is not None and self._state.pid != os.getpid():
-                for zygote in self._state.zygotes:
-                    zygote.forget()
-                self._state = None
             if self._state is None:
                 self._state = self._start()
             return self._state
+
+    def _after_fork(self) -> None:
+        """Leave the zygotes, in the child of a fork, to the parent."""
+        self._lock = threading.Lock()
+        state, self._state = self._state, None
+        for zygote in state.zygotes if state else []:
+            zygote.forget()
 
     def _start(self) -> _State:
         first = Zygote()
@@ -128,7 +129,7 @@ class CodeRunner:
             zygote.missing = tuple(report.missing)
             idle.put(zygote)
         threads = ThreadPoolExecutor(self.workers, thread_name_prefix="textgym-sandbox")
-        return _State(os.getpid(), report, idle, zygotes, threads)
+        return _State(report, idle, zygotes, threads)
 
     def _judge(self, report: Report) -> None:
         if report.level >= self.require:
@@ -161,14 +162,15 @@ class CodeRunner:
             state.idle.put(zygote)
 
 
-_warned: set[str] = set()
-_shared: dict[tuple[int, str, bool], CodeRunner] = {}
-_shared_lock = threading.Lock()
+_RUNNERS: weakref.WeakSet[CodeRunner] = weakref.WeakSet()
+_WARNED: set[str] = set()
+_SHARED: dict[tuple[int, str, bool], CodeRunner] = {}
+_SHARED_LOCK = threading.Lock()
 
 
 def _warn_once(text: str) -> None:
-    if text not in _warned:
-        _warned.add(text)
+    if text not in _WARNED:
+        _WARNED.add(text)
         warnings.warn(text, UserWarning, stacklevel=2)
 
 
@@ -177,9 +179,20 @@ def shared_runner(
 ) -> CodeRunner:
     """Give the runner of this process for these arguments, which are those of `CodeRunner`."""
     key = (workers, require, allow_unsandboxed_code)
-    with _shared_lock:
-        if key not in _shared:
-            _shared[key] = CodeRunner(
+    with _SHARED_LOCK:
+        if key not in _SHARED:
+            _SHARED[key] = CodeRunner(
                 workers=workers, require=require, allow_unsandboxed_code=allow_unsandboxed_code
             )
-        return _shared[key]
+        return _SHARED[key]
+
+
+def _after_fork_in_child() -> None:
+    global _SHARED_LOCK
+    _SHARED_LOCK = threading.Lock()
+    for runner in list(_RUNNERS):
+        runner._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

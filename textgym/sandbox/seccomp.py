@@ -45,7 +45,8 @@ setrlimit 160 164, timer_create 222 107, timer_settime 223 110, timer_delete 226
 prctl 157 167, seccomp 317 277, capset 126 91, personality 135 92, setuid 105 146, setgid 106 144,
 setreuid 113 145, setregid 114 143, setresuid 117 147, setresgid 119 149, setfsuid 122 151,
 setfsgid 123 152, setgroups 116 159, setpriority 141 140, ioprio_set 251 30,
-sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274, sched_setaffinity 203 122,
+sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274,
+sched_setaffinity 203 122,
 add_key 248 217, request_key 249 218, keyctl 250 219, init_module 175 105, finit_module 313 273,
 delete_module 176 106, kexec_load 246 104, kexec_file_load 320 294, reboot 169 142, syslog 103 116,
 iopl 172 -, ioperm 173 -, modify_ldt 154 -, settimeofday 164 170, clock_settime 227 112,
@@ -96,9 +97,9 @@ def make_filter(machine: str = MACHINE) -> bytes:
     if x86:
         program += [_step(_AT_LEAST, X32, no=1), _step(_RETURN, _KILL)]
     for entry in DENIED.replace("\n", " ").split(","):
-        number = entry.split()[1:][column]
-        if number != "-":
-            program += [_step(_EQUAL, int(number), no=1), _step(_RETURN, _REFUSE)]
+        known = entry.split()[1:][column]
+        if known != "-":
+            program += [_step(_EQUAL, int(known), no=1), _step(_RETURN, _REFUSE)]
     program += _when(56 if x86 else 220, 0, [_step(_ANY_BIT, CLONE_THREAD, yes=1)])
     if x86:
         program += _when(2, 1, [_step(_ANY_BIT, OPEN_TO_WRITE, no=1)])

@@ -12,7 +12,7 @@ Requests and replies are one packet of JSON each; an empty packet is the end. `b
 running job. The first byte of what a child writes is `+` or `-`, written before the program starts:
 `-` and a reason where a layer that the scorer counts on could not be put on.
 
-Linux only. It is started as `python -s -P -S -B -c "..."` with an environment of one's own, which is
+Linux only. It is started as `python -s -P -S -B -c "..."` with an environment of its own, which is
 as isolated as `-I` but lets the hash seed be fixed; of this package only the files that it imports
 are loaded.
 """
@@ -137,6 +137,7 @@ class _Server:
 
     def serve(self) -> NoReturn:
         """Answer requests until the scorer closes the socket."""
+        os.dup2(self.nothing, 2)  # the pipe there is for what goes wrong until now
         self._reply({"ready": os.getpid()})
         while True:
             try:
