@@ -1,6 +1,7 @@
 """Rewards of TRL, verifiers and reasoning-gym as ours, and ours as TRL's."""
 
 import asyncio
+import contextlib
 import functools
 import importlib.util
 import pickle
@@ -418,3 +419,89 @@ def test_wrong_tasks_are_refused():
     ]:
         with pytest.raises(error, match=says):
             reasoning_gym_task(**{"size": 1, **arguments})
+
+
+CODE = "[__import__('os').mkdir({path!r})]"
+EVALUATED = [
+    *["binary_matrix", "spiral_matrix", "string_insertion", "n_queens", "countdown", "puzzle24"],
+    *["simple_integration", "intermediate_integration"],
+]
+
+
+@reasoning
+@pytest.mark.parametrize("name", EVALUATED)
+def test_an_answer_is_never_run(name, tmp_path):
+    import reasoning_gym
+
+    from textgym.rewards.reasoning import reasoning_gym_task
+
+    prompts, reward = reasoning_gym_task(name, size=2, seed=4)
+    theirs = reasoning_gym.create_dataset(name, size=2, seed=4)
+    path = tmp_path / "made by an answer"
+    code = CODE.format(path=str(path))
+    quoting = ["entry['answer']", "oracle_answer", "[entry['answer']]", "list(oracle_answer)"]
+    hostile = TextBatch.from_texts([code, code[1:-1], *quoting], [prompts[0]] * 6)
+    scores = reward.evaluate(hostile, strict=True)
+    assert max(scores.values) <= 0.01  # what countdown and puzzle24 pay for anything
+    assert not path.exists()
+    # In the library the same answer runs.
+    with contextlib.suppress(Exception):
+        theirs.score_answer(code[1:-1] if "[" not in name else code, theirs[0])
+    assert path.exists()
+    # Honest answers, and lists where a text was due, get what the library gives them.
+    answer = prompts[0]["answer"]
+    honest = [answer, repr(list(answer)), repr([row.split() for row in answer.splitlines()]), "24"]
+    want = [theirs.score_answer(text, theirs[0]) for text in honest]
+    batch = TextBatch.from_texts(honest, [prompts[0]] * 4)
+    assert reward.evaluate(batch, strict=True).values.tolist() == want
+    assert want[0] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("(1 + 2)*3/4 - 5**2", True),
+        ("x**2/2 + sin(3.5*x) + C", True),
+        (".5*X^2", True),
+        ("x.real", False),
+        ("1.5.real", False),
+        ("1..real", False),
+        ("1. real", False),
+        ("x . real", False),
+        ("x.__class__", False),
+        ("__import__", False),
+        ("S('x')", False),
+        ("x[0]", False),
+        ("{x}", False),
+        ("x; y", False),
+        ("x := 3", False),
+        ("lambda x", False),
+        ("open(x)", False),
+        ("eval(x)", False),
+        ("x if y else z", False),
+        ("sin(x\u2024real)", False),
+        ("\uff4fpen(x)", False),
+    ],
+)
+def test_what_sympy_may_parse(text, safe):
+    from textgym.rewards.reasoning_guard import is_arithmetic
+
+    assert is_arithmetic(text) is safe
+
+
+@reasoning
+def test_every_dataset_is_known_not_to_run_answers():
+    from reasoning_gym.factory import DATASETS
+
+    from textgym.rewards import reasoning_guard
+
+    known = reasoning_guard.BY_EVAL | reasoning_guard.BY_SYMPY | reasoning_guard.HARMLESS
+    for name, (kind, _) in DATASETS.items():
+        reasoning_guard.vet(object.__new__(kind))
+        assert kind.__module__ in known or name not in EVALUATED
+
+    class Unknown:
+        """Its module holds a call of eval( in this very sentence."""
+
+    with pytest.raises(RuntimeError, match="evaluates code"):
+        reasoning_guard.vet(Unknown())

@@ -16,6 +16,7 @@ import numpy as np
 from textgym.prompts import Prompts
 from textgym.rewards.base import Example
 from textgym.rewards.errors import TextFailure
+from textgym.rewards.reasoning_guard import vet
 from textgym.rewards.verifiers.base import Ask, PooledVerifier
 
 LONGEST_ANSWER = 20_000
@@ -33,8 +34,9 @@ class ReasoningGym(PooledVerifier):
     """What the dataset's own `score_answer` gives an answer, in [0, 1]; partial credit is its own.
 
     The scorers are library code over hostile strings, so they run in the worker pool: an answer
-    that makes one hang, fill the memory or raise gets 0. Some scorers are lenient, which this does
-    not change: `game_of_life_halting` pays any answer.
+    that makes one hang, fill the memory or raise gets 0. Some run the answer as Python; here none
+    does (`textgym.rewards.reasoning_guard`). Some are lenient, which is left as it is:
+    `game_of_life_halting` pays any answer.
 
     Columns: `entry`, as `reasoning_gym_task` writes it. Cost: one call of the scorer; a worker
     starts in seconds. Statuses: `"text: long"` (over 20,000 characters), `"text: timeout"`,
@@ -122,6 +124,7 @@ def reasoning_gym_task(
         ValueError: If there is no such dataset, the template has no question, or the dataset
             refuses its knobs.
         TypeError: If it has no such knob, or a knob is not plain data.
+        RuntimeError: If the dataset's code might run answers (`reasoning_guard` says why).
     """
     try:
         import reasoning_gym
@@ -149,6 +152,7 @@ def reasoning_gym_task(
         raise TypeError(f"the knobs of {name!r} must be numbers, strings and lists, got {knobs}")
     with _global_draws_kept():
         dataset = reasoning_gym.create_dataset(name, **knobs)
+        vet(dataset)
         rows = [_row(dataset[i], i, template) for i in range(size)]
     prompts = Prompts(rows, name=name)
     reward = ReasoningGym(

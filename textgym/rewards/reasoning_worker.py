@@ -1,4 +1,7 @@
-"""Inside a worker of `textgym.sandbox.pool`: score an answer with reasoning-gym."""
+"""Inside a worker of `textgym.sandbox.pool`: score an answer with reasoning-gym.
+
+Importing this takes the evaluation of answers out of the library: never import it in the caller.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,10 @@ import functools
 from typing import Any
 
 import reasoning_gym
+
+from textgym.rewards.reasoning_guard import disarm, vet
+
+disarm()
 
 
 def score(name: str, config: str, entry: str, answer: str) -> float | str:
@@ -38,7 +45,9 @@ def score(name: str, config: str, entry: str, answer: str) -> float | str:
 
 @functools.lru_cache(maxsize=16)
 def _dataset(name: str, config: str) -> Any:
-    return reasoning_gym.create_dataset(name, **ast.literal_eval(config))
+    dataset = reasoning_gym.create_dataset(name, **ast.literal_eval(config))
+    vet(dataset)
+    return dataset
 
 
 @functools.lru_cache(maxsize=1024)
