@@ -9,6 +9,7 @@ from typing import Any
 from textgym.rewards.base import Example
 from textgym.rewards.verifiers.base import Ask, PooledVerifier, check_length, need
 from textgym.rewards.verifiers.numbers import (
+    Number,
     boxes,
     equal,
     final_number,
@@ -26,6 +27,7 @@ _HEDGE = re.compile(
     r"(?:long)?(?:left)?rightarrow|implies|iff)(?![A-Za-z])",
     re.I,
 )
+_INTEGER = re.compile(r"-?(?:[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,9})")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _EQUALS = re.compile(r"(?<![<>!\\:])=")
 
@@ -86,16 +88,14 @@ class Math(PooledVerifier):
         if not text.strip():
             return 0.0
         gold = self._gold(row)
-        if "%" not in text and "%" not in gold:  # math-verify takes 50% for 50 and for 1/2
-            right, found = read_number(gold, words=False), final_number(text)
-            if right is not None and found is not None:
-                if equal(found, right):
-                    return 1.0
-                if right[1] == 1 == found[1]:
-                    return 0.0
         answers = _answers(text)
         if not answers or len(answers) > MOST_BOXES:
             return 0.0
+        right = _numeral(gold)
+        if right is not None and len(answers) == 1:
+            found = _numeral(answers[0]) or _numeral_at_end(answers[0])
+            if found is not None:
+                return float(equal(found, right))
         claims: list[str] = []
         for answer in answers:
             sides = _sides(answer, gold)
@@ -143,6 +143,19 @@ def _answers(text: str) -> list[str]:
             return [f"The answer is {phrase}"]
     tail = text[-TAIL:]
     return [tail] if not _HEDGE.search(_last_formula(tail)) else []
+
+
+def _numeral(text: str) -> Number | None:
+    """Read a text that is nothing but an integer, in a box or not."""
+    inner = text.removeprefix("\\boxed{").removeprefix("The answer is").strip("{} $.\n")
+    return read_number(inner) if _INTEGER.fullmatch(inner) else None
+
+
+def _numeral_at_end(text: str) -> Number | None:
+    """Read the integer with which a text ends, if that is its answer."""
+    words = text.rsplit(None, 2)
+    last = _numeral(words[-1]) if len(words) == 3 and words[1].isalpha() else None
+    return final_number(text) if last is not None else None
 
 
 def _in_dollars(formula: str) -> str:

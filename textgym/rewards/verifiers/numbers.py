@@ -12,7 +12,7 @@ from collections.abc import Iterator
 Number = tuple[int, int]
 
 LONGEST_REGION = 240  # characters in which an answer is looked for, behind its mark
-MOST_DIGITS = 300
+MOST_DIGITS = 200
 LARGEST_EXPONENT = 300
 
 _CURRENCY = r"$€£¥₹"
@@ -53,7 +53,7 @@ _TOKEN = re.compile(
 _LINKS = frozenset({*"-–—,;/|~&+*×^x", "and", "to"})
 # What makes the last number of a text no answer: an operator, a bound, a doubt.
 _WRONG_BEFORE = re.compile(
-    r"(?:[<>≤≥≠±^*/~|&+×\\]|[<>!]=|-|\\[A-Za-z]+|\b(?:not|n?or|least|most|than|n?either))\s?\Z",
+    r"(?:(?<![<>])[<>]|[≤≥≠±^*/~|&+×\\]|[<>!]=|-|\\[A-Za-z]+|\b(?:not|n?or|least|most|than|n?either))\s?\Z",
     re.I,
 )
 _PHRASE = re.compile(
@@ -152,7 +152,7 @@ def boxes(text: str, longest: int = LONGEST_REGION) -> list[str | None]:
 def _marked(text: str, mark: int) -> tuple[bool, Number | None]:
     """Read the `####` marks, which must agree; a heading of Markdown is none."""
     found: list[Number | None] = []
-    while mark >= 0 and len(found) < 32:
+    for _ in range(32):
         region = _line(text, mark + 4)
         plain = _PLAIN.match(region)
         if plain is not None:
@@ -162,6 +162,8 @@ def _marked(text: str, mark: int) -> tuple[bool, Number | None]:
             if start is not None and _WORD.match(_clean(region), 0, start.start()):
                 found.append(read_number(region, words=False))
         mark = text.rfind("####", 0, mark)
+        if mark < 0:
+            break
     return bool(found), _agreed(found)
 
 

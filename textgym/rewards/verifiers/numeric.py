@@ -20,7 +20,7 @@ class Numeric(Verifier):
     is 42", the last number of the text. Numbers may have thousands separators, a sign, a currency,
     a unit or a per cent sign (which count for nothing: 50% is 50), be fractions (`3/4`, `1 1/2`,
     `\frac{3}{4}`) or have an exponent (`1.5e3`, `1.5 × 10^3`) of at most 300. Answers that differ,
-    lists, ranges, inequalities and hedges ("3 or 4") earn 0; so do more than 300 digits.
+    lists, ranges, inequalities and hedges ("3 or 4") earn 0; so do more than 200 digits.
 
     **The column** holds a number, or a string: a number, or a worked answer that ends in one, as in
     GSM8K ("... #### 42").
