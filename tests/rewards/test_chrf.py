@@ -53,7 +53,7 @@ def test_parity_with_sacrebleu(options, joined):
 def test_parity_of_the_cursor_at_every_prefix(options, joined, prefixes):
     rng = random.Random(1)
     reward = Chrf(**options)
-    for _ in range(60):
+    for _ in range(150):
         references = [joined(rng, 16) for _ in range(rng.randrange(1, 4))]
         for value, text in prefixes(reward, row(references), rng):
             assert value == oracle(text, references, **options), (text, references)

@@ -123,6 +123,7 @@ def test_is_fitted_on_training_rows_once():
     fitted = bare.fitted(rows)
     assert fitted.frequencies == frozen.frequencies and bare.frequencies is None
     assert bare.fitted(rows) is fitted and fitted.fitted(rows[:1]) is fitted
+    assert bare.fitted(rows[:2]).frequencies.documents == 2
     batch = TextBatch.from_texts(["the cat sat"], [rows[0]])
     value, bleu = frozen.score(batch)[0], Bleu().score(batch)[0]
     summed = (0.1 * Cider() + Bleu()).fitted(rows)

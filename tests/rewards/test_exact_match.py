@@ -14,6 +14,7 @@ def test_squad_forgives_case_punctuation_articles_and_spaces():
     assert match(" The  Eiffel-Tower!", "eiffeltower", squad=True) == 1
     assert match("An answer.", ["the answer", "x"], squad=True) == 1
     assert match("42.", 42, squad=True) == 1
+    assert match("new york", "newyork", squad=True) == 0
     assert match("The answer", "answer") == match("answer two", "answer", squad=True) == 0
 
 

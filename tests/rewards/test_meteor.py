@@ -160,9 +160,18 @@ def test_words_are_parted_as_meteor_does():
     )
 
 
+def test_each_side_weighs_its_own_words():
+    """ "Year" is a function word and "yearly" is not; they have one stem."""
+    assert Meteor().best("yearly", ["year"]) == pytest.approx(
+        [0.6 * 0.75, 0.6 * 0.25, 0.75, 0.25, 1, 0]
+    )
+
+
 def test_endless_texts_end():
     value = score("the cat " * 20_000, ["the cat sat on the mat with the cat"])
     assert 0 < value < 0.01
+    assert align(["a"] * 300 + ["b"], ["b"], str.lower) == ([], 0)
+    assert len(align(["a"] * 300 + ["b"], ["b"] * 200, str.lower)[0]) == 1
 
 
 def test_pickles_examples_and_refusals():
