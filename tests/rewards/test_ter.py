@@ -66,9 +66,7 @@ def test_the_floor_ends_what_length_costs():
     assert score("a b c d e", "a b", low=-1.5) == pytest.approx(1 - 3 / 2)
     assert score("x y z u v w", "a b", low=-1.5) == -1.5
     long = "w " * 20
-    assert (
-        score(long, ["a", long], low=-0.5) == 1
-    )  # hopeless against one reference, not against all
+    assert score(long, ["a", long], low=-0.5) == 1  # hopeless against one of them only
     with pytest.raises(ValueError, match="finite low"):
         Ter(low=float("-inf"))
 
