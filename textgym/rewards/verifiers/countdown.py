@@ -18,7 +18,7 @@ DEEPEST = 20
 _MOST_DIGITS = 6
 _TOKENS = re.compile(r"\s*([0-9]+|[-+*/()])")
 _LETTERS = re.compile(r"(?<![A-Za-z\\])[A-Za-z]+")
-_DRESS = " \t\r\n$*_`\"'.,;:!?"
+_DRESS = " \t\r\n$_`\"'.,;:!?"
 _OTHERS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
 _LATEX = {"\\times": "*", "\\cdot": "*", "\\div": "/", "\\left": "", "\\right": "", "\\": ""}
 
@@ -109,7 +109,7 @@ def final_expression(text: str) -> str:
         return found.pop() if len(found) == 1 else ""
     for phrase in phrases(text):
         if re.search("[0-9]", phrase):
-            return _formula(phrase)
+            return _formula(phrase).rstrip(_DRESS).removesuffix("**")
     end = len(text.rstrip())
     for _ in range(8):
         start = text.rfind("\n", 0, end) + 1
@@ -122,14 +122,15 @@ def final_expression(text: str) -> str:
 
 def _formula(line: str) -> str:
     """Give the end of a line that is no words: `So: 3 * 8 = 24` has `3 * 8 = 24`."""
-    line = line.strip(_DRESS)
     words = [m.end() for m in _LETTERS.finditer(line)]
-    return line[words[-1] :].lstrip(" :,$*") if words else line
+    return line[words[-1] :] if words else line
 
 
 def read_expression(text: str) -> Made | None:
     """Read an expression, within limits; None if it is none."""
     text = text.strip(_DRESS)
+    if text.startswith("**"):  # bold
+        text = text[2:].removesuffix("**").strip(_DRESS)
     for command, sign in _LATEX.items():
         text = text.replace(command, sign)
     text = text.translate(_OTHERS)

@@ -57,7 +57,8 @@ _WRONG_BEFORE = re.compile(
     re.I,
 )
 _PHRASE = re.compile(
-    r"nswer(?:\s+(?:to|of|for|in)\b[^.:=\n]{0,80}?)?\s*(?:\*\*)?\s*(?:is|are|was|[:=])", re.I
+    r"nswer(?:\s{1,4}(?:to|of|for|in)\b[^.:=\n]{0,80}?)?\s{0,4}(?:\*\*)?\s{0,4}(?:is|are|was|[:=])",
+    re.I,
 )
 _SENTENCE = re.compile(r"[.!?](?:\s|\Z)")
 _DIGIT = re.compile(r"[0-9]")
