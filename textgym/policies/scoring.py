@@ -9,9 +9,11 @@ Shapes: M tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from textgym.sampling import NEG_INF
@@ -40,8 +42,7 @@ def score_tokens(
         action: int64 [M].
         action_mask: Bool [M, V] or None.
         entropy: Whether to compute the entropy (exact, over the whole vocabulary).
-        entropy_gradient: Whether it is differentiable; without, it keeps nothing for the backward
-            pass, where it would keep a second [m, V] tensor.
+        entropy_gradient: Whether it is differentiable, which takes longer.
         chunk: Number of tokens whose logits exist at once.
 
     Returns:
@@ -50,16 +51,10 @@ def score_tokens(
     """
 
     def part(some: Tensor, taken: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        z = _masked(logits(some), mask)
-        normaliser = z.logsumexp(-1)
-        logprob = z.gather(-1, taken[:, None])[:, 0] - normaliser
-        if not entropy:
-            return logprob, None
-        # Last, so that the second forward of a checkpoint, which ends with the last saved tensor,
-        # leaves an entropy without gradient out.
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            finite = z if mask is None else z.masked_fill(~mask, 0.0)  # 0 * -inf would be NaN
-            return logprob, normaliser - (torch.softmax(z, -1) * finite).sum(-1)
+        scored: tuple[Tensor, Tensor | None] = _Scores.apply(  # type: ignore[no-untyped-call]
+            _masked(logits(some), mask), taken, mask, entropy, entropy_gradient
+        )
+        return scored
 
     logprobs, entropies = [], []
     for rows in _chunks(len(action), chunk):
@@ -79,6 +74,44 @@ def score_tokens(
         if h is not None:
             entropies.append(h)
     return torch.cat(logprobs), torch.cat(entropies) if entropy else None
+
+
+class _Scores(torch.autograd.Function):
+    """Log-probability and entropy from logits, keeping one [m, V] tensor, the probabilities p.
+
+    d log p(a) / dz = 1_a - p;   dH / dz = -p (log p + H)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, action: Tensor, mask: Tensor | None, entropy: bool, gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        p = torch.softmax(z, -1)
+        normaliser = z.amax(-1) - p.amax(-1).log()  # the greatest p is at least 1 / V
+        logprob = z.gather(-1, action[:, None])[:, 0] - normaliser
+        h = None
+        if entropy:
+            finite = z if mask is None else z.masked_fill(~mask, 0.0)  # 0 * -inf would be NaN
+            h = normaliser - torch.linalg.vecdot(p, finite)
+            if not gradient:
+                ctx.mark_non_differentiable(h)
+        ctx.save_for_backward(p, action, h if gradient else None)
+        ctx.set_materialize_grads(False)
+        return logprob, h
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, of_logprob: Tensor | None, of_h: Tensor | None
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        p, action, h = ctx.saved_tensors
+        of_z: Tensor | None = None
+        if of_logprob is not None:
+            of_z = (p * -of_logprob[:, None]).scatter_add_(-1, action[:, None], of_logprob[:, None])
+        if of_h is not None and h is not None:
+            slope = (torch.special.xlogy(p, p) + p * h[:, None]) * of_h[:, None]
+            of_z = -slope if of_z is None else of_z.sub_(slope)
+        return of_z, None, None, None, None
 
 
 @torch.no_grad()
