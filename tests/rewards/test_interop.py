@@ -457,6 +457,25 @@ def test_an_answer_is_never_run(name, tmp_path):
     assert want[0] == 1.0
 
 
+@reasoning
+@pytest.mark.parametrize("name", EVALUATED)
+def test_right_answers_are_paid_as_the_library_pays_them(name):
+    import reasoning_gym
+
+    from textgym.rewards.reasoning import reasoning_gym_task
+
+    prompts, reward = reasoning_gym_task(name, size=8, seed=9)
+    theirs = reasoning_gym.create_dataset(name, size=8, seed=9)
+    want = [theirs.score_answer(entry["answer"], entry) for entry in theirs]
+    assert reward.evaluate(oracle(prompts), strict=True).values.tolist() == want == [1.0] * 8
+    # Answers to other questions, some of which are right for these too.
+    turned = [prompts[(i + 1) % 8]["answer"] for i in range(8)]
+    want = [theirs.score_answer(text, entry) for text, entry in zip(turned, theirs, strict=True)]
+    batch = TextBatch.from_texts(turned, list(prompts))
+    assert reward.evaluate(batch, strict=True).values.tolist() == want
+    assert name == "puzzle24" or min(want) < 1  # which pays any four numbers that make 24
+
+
 @pytest.mark.parametrize(
     ("text", "safe"),
     [

@@ -36,7 +36,8 @@ class ReasoningGym(PooledVerifier):
     The scorers are library code over hostile strings, so they run in the worker pool: an answer
     that makes one hang, fill the memory or raise gets 0. Some run the answer as Python; here none
     does (`textgym.rewards.reasoning_guard`). Some are lenient, which is left as it is:
-    `game_of_life_halting` pays any answer.
+    `game_of_life_halting` pays any answer, `puzzle24` any four numbers that make 24, and the
+    integrations the question written back as an `Integral`.
 
     Columns: `entry`, as `reasoning_gym_task` writes it. Cost: one call of the scorer; a worker
     starts in seconds. Statuses: `"text: long"` (over 20,000 characters), `"text: timeout"`,

@@ -39,10 +39,12 @@ HARMLESS = {
     "reasoning_gym.code.codeio",
     "reasoning_gym.logic.propositional_logic",
 }
-# Of SymPy's names an answer may use these; any name of one letter is a variable.
+# Of SymPy's names an answer may use these; any name of one letter is a variable. Some right answers
+# of intermediate_integration are written with Integral.
 FUNCTIONS = set(
     "sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth sech csch asinh "
-    "acosh atanh exp log ln sqrt cbrt Abs abs sign erf pi oo Rational Integer Float".split()
+    "acosh atanh exp log ln sqrt cbrt Abs abs sign erf pi oo Rational Integer Float "
+    "Integral".split()
 )
 ARITHMETIC = re.compile(r"[0-9A-Za-z_+\-*/^().,\s]*")
 NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
@@ -71,10 +73,10 @@ def disarm() -> None:
     for name in BY_EVAL:
         importlib.import_module(name).eval = ast.literal_eval  # type: ignore[attr-defined]
     import sympy
-    from sympy.parsing import sympy_parser
 
-    arithmetic = _of_arithmetic(sympy_parser.parse_expr)
-    sympy.parse_expr = sympy_parser.parse_expr = arithmetic
+    # Under the names by which the scorers call it: what SymPy itself parses is its own.
+    arithmetic = _of_arithmetic(sympy.parse_expr)
+    sympy.parse_expr = arithmetic
     for name in BY_SYMPY:
         module = importlib.import_module(name)
         if hasattr(module, "parse_expr"):
