@@ -1,8 +1,14 @@
-"""Bleu and Rouge equal sacrebleu and rouge-score: whole texts, and every prefix of every text."""
+"""Bleu and Rouge equal sacrebleu and rouge-score: whole texts, every prefix, and corpora.
+
+`test_parity_bleu_rouge.py` compares far more texts; here are the contracts around them.
+"""
 
 import copy
+import importlib.util
+import logging
 import pickle
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -36,7 +42,7 @@ PIECES = [
     ),
     *("é", "日本", "ΑΣ", "Σ", "ς", "İ", "\u212a", "ß", "😀", "\u0301", "\u200b", "running", "runs"),
 ]
-KINDS = ["rouge1", "rouge2", "rouge3", "rougeL"]
+KINDS = ["rouge1", "rouge2", "rouge3", "rougeL", "rougeLsum"]
 
 
 def row(references):
@@ -82,7 +88,7 @@ def test_bleu_is_sacrebleu_on_random_texts(lowercase):
         assert value == sacrebleu_score(text, references, lowercase=lowercase)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "rougeLsum"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stem", [False, True])
 def test_rouge_is_rouge_score_on_random_texts(kind, stem):
     rng = random.Random(1)
@@ -140,7 +146,7 @@ def test_cursors_on_arbitrary_unicode(pieces, reference):
         assert values[2] == pytest.approx(rouge_score("rougeL", text, references), abs=1e-12)
 
 
-@pytest.mark.parametrize("reward", [Bleu(), Rouge("rouge1"), Rouge("rouge2"), Rouge("rougeL")])
+@pytest.mark.parametrize("reward", [Bleu(), *(Rouge(kind) for kind in KINDS)])
 def test_cursor_copies_are_independent(reward):
     rng = random.Random(4)
     for _ in range(30):
@@ -198,6 +204,147 @@ def test_other_tokenizers_are_sacrebleus_too(tokenize):
 def test_rouge_rejects_unknown_kinds():
     with pytest.raises(ValueError, match="'rougeX'"):
         Rouge("rougeX")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"effective_order": False, "smooth_method": "add-k", "lowercase": True},
+        {"effective_order": False, "smooth_method": "none", "tokenize": "intl"},
+        {"smooth_method": "floor", "smooth_value": 0.02, "tokenize": "char"},
+    ],
+)
+@pytest.mark.parametrize("order", [2, 4])
+def test_corpus_bleu_is_sacrebleus_with_any_number_of_references(options, order):
+    rng = random.Random(6)
+    texts = [joined(rng, 25) for _ in range(40)]
+    references = [[joined(rng, 25) for _ in range(rng.randrange(1, 5))] for _ in texts]
+    rows = [row(found) for found in references]
+    corpus = Bleu(max_order=order, **options).corpus(TextBatch.from_texts(texts, rows))
+    streams = [[r[k] if k < len(r) else None for r in references] for k in range(4)]
+    library = BLEU(max_ngram_order=order, **options)
+    # Samples of the texts, as a bootstrap takes them, all in one call.
+    samples = [range(40), range(1), *(rng.choices(range(40), k=40) for _ in range(5))]
+    sums = np.stack([corpus.statistics[list(sample)].sum(0) for sample in samples])
+    expected = [
+        library.corpus_score(
+            [texts[i] for i in sample], [[stream[i] for i in sample] for stream in streams]
+        ).score
+        / 100
+        for sample in samples
+    ]
+    assert corpus.score(sums).tolist() == expected
+    assert corpus.score(sums[0]) == expected[0]
+    assert 0.001 < expected[0] < 0.999 and len(set(expected)) > 3
+
+
+def test_corpus_bleu_names_bad_references():
+    with pytest.raises(ValueError, match="column 'references'"):
+        Bleu().corpus(TextBatch.from_texts(["a"], [row([])]))
+
+
+def test_corpus_rouge_is_the_mean():
+    batch = TextBatch.from_texts(["the cat sat", "on the mat"], [row(REFERENCES)] * 2)
+    corpus = Rouge().corpus(batch)
+    mean = corpus.score(corpus.statistics.sum(0))
+    assert mean == pytest.approx(np.mean(Rouge().score(batch)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_over_references(kind):
+    references, text = ["the cat sat", "a dog", "on the mat the cat sat"], "the cat sat on"
+    batch = TextBatch.from_texts([text], [row(references)])
+    each = [rouge_score(kind, text, [reference]) for reference in references]
+    assert Rouge(kind, aggregate="mean").score(batch)[0] == pytest.approx(np.mean(each), abs=1e-12)
+    assert Rouge(kind).score(batch)[0] == pytest.approx(max(each), abs=1e-12)
+
+
+@pytest.mark.parametrize("method", ["exp", "floor", "add-k", "none"])
+@pytest.mark.parametrize("effective", [False, True])
+def test_bleu_options_by_hand(method, effective):
+    # The text has 2 words, 1 matches; its 1 pair does not; it has no triple.
+    words, pairs = 1 / 2, {"exp": 1 / 2, "floor": 0.1, "add-k": 1 / 2, "none": 0}[method]
+    reward = Bleu(effective_order=effective, smooth_method=method, max_order=3)
+    value = reward.score(TextBatch.from_texts(["the dog"], [row("the cat")]))[0]
+    if method == "add-k":  # which finds 1 of 1 triples where there are none
+        expected = (words * pairs * 1) ** (1 / 3)
+    else:
+        expected = (words * pairs) ** 0.5 if effective else 0.0
+    assert value == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"smooth_method": "linear"}, "one of 'exp', 'floor', 'add-k', 'none', got 'linear'"),
+        ({"smooth_method": "exp", "smooth_value": 0.1}, "has no value"),
+        ({"smooth_method": "floor", "smooth_value": 2}, "from 0 to 1"),
+        ({"smooth_method": "add-k", "smooth_value": -1}, "at least 0"),
+        ({"smooth_method": "add-k", "smooth_value": float("inf")}, "finite"),
+        ({"max_order": 0}, "at least 1"),
+        ({"max_order": 2.5}, "an integer"),
+        ({"tokenize": "14a"}, "Did you mean '13a'"),
+    ],
+)
+def test_bleu_says_what_is_wrong_with_an_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        Bleu(**options)
+
+
+@pytest.mark.parametrize(
+    ("tokenize", "command"),
+    [
+        ("flores200", "pip install sentencepiece"),
+        ("spm", "pip install sentencepiece"),
+        ("ja-mecab", r'pip install "sacrebleu\[ja\]"'),
+        ("ko-mecab", r'pip install "sacrebleu\[ko\]"'),
+    ],
+)
+def test_tokenizers_that_need_a_package_name_it(tokenize, command, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=command):
+        Bleu(tokenize=tokenize)
+
+
+def test_tokenizers_that_need_a_model_download_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("sacrebleu.utils.SACREBLEU_DIR", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"flores200.*fetch it once"):
+        Bleu(tokenize="flores200")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bleu_does_not_advise_about_sentences(caplog):
+    with caplog.at_level(logging.WARNING):
+        Bleu(effective_order=False).score(TextBatch.from_texts(["a ."] * 200, [row("a")] * 200))
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("reward", [Bleu(), *(Rouge(kind) for kind in KINDS)])
+def test_examples_are_worth_what_they_say(reward):
+    examples = reward.examples()
+    values = [reward.score(TextBatch.from_texts([e.text], [e.row]))[0] for e in examples]
+    assert values == pytest.approx([example.value for example in examples], abs=1e-9) or (
+        reward.name == "rouge3" and not examples
+    )
+    assert values == sorted(values, reverse=True)
+
+
+def test_other_options_have_no_examples_of_the_defaults():
+    assert Bleu(max_order=2).examples() == () and Bleu(tokenize="char").examples() == ()
+
+
+@pytest.mark.parametrize("reward", [Bleu(), *(Rouge(kind) for kind in KINDS)])
+def test_cursors_stay_small_on_endless_text(reward):
+    cursor = reward.begin(row(REFERENCES))
+    cursor.push("the cat sat")
+    tracemalloc.start()
+    for i in range(3000):
+        cursor.push("\n" if i % 20 == 0 else " cat" if i % 20 == 1 else f" word{i}")
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 10_000  # bytes: not even the words of the text are kept
 
 
 @pytest.mark.parametrize("reward", [Bleu(lowercase=True), Rouge("rouge2", use_stemmer=True)])

@@ -43,7 +43,8 @@ class Formula:
         """
         if not correct[0]:
             return 0.0  # who shares no word shares no n-gram
-        method, logs, halving = self.smooth_method, [], 1.0
+        logs: list[float] = []
+        method, halving = self.smooth_method, 1.0
         for matched, total in zip(correct, totals, strict=True):
             if total < 0:
                 total = 0
@@ -94,6 +95,7 @@ class Target:
         resume: For each node where to go on from: itself, or one that can still grow.
         limits: For each node the most often that one reference has it.
         lengths: The references' lengths in words.
+        longest: The greatest of them.
     """
 
     def __init__(self, references: Sequence[Words], max_order: int) -> None:
@@ -102,7 +104,7 @@ class Target:
         self.shorter, self.resume, self.limits = [0], [0], [0]
         self.matches: list[tuple[int, ...]] = [()]
         self.lengths = [len(words) for words in references]
-        self._closest: dict[int, int] = {}
+        self.longest = max(self.lengths)
         self._penalties: dict[int, float] = {}
         for words in references:
             self._add(words)
@@ -134,6 +136,8 @@ class Target:
 
     def penalty(self, length: int) -> float:
         """Give the brevity penalty of a text of that many words."""
+        if length >= self.longest:
+            return 1.0
         penalty = self._penalties.get(length)
         if penalty is None:
             penalty = self._penalties[length] = brevity_penalty(length, self.closest(length))

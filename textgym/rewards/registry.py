@@ -28,6 +28,7 @@ from textgym.rewards.verifiers import (
     Math,
     MultipleChoice,
     Numeric,
+    UnitTests,
     WordConstraints,
     think_answer,
 )
@@ -37,6 +38,7 @@ REWARDS: dict[str, Callable[[], Reward]] = {
     "rouge1": lambda: Rouge("rouge1"),
     "rouge2": lambda: Rouge("rouge2"),
     "rougeL": lambda: Rouge("rougeL"),
+    "rougeLsum": lambda: Rouge("rougeLsum"),
     "chrf": Chrf,
     "chrfpp": lambda: Chrf(word_order=2),
     "ter": Ter,
@@ -57,6 +59,7 @@ REWARDS: dict[str, Callable[[], Reward]] = {
     "json_schema": JsonSchema,
     "think_answer": think_answer,
     "words": WordConstraints,
+    "code": UnitTests,
 }
 
 _WORD = re.compile(
