@@ -1,6 +1,7 @@
 """Process rewards: what a step is, what it is paid, and that its payments add up."""
 
 import copy
+import io
 import math
 import pickle
 import random
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from textgym.env import TextGenEnv
+from textgym.mdp import TokenMDP
 from textgym.metrics import sample_records
 from textgym.policies import CausalLMPolicy, random_causal_lm
 from textgym.rewards import (
@@ -391,3 +393,21 @@ def test_on_the_command_line_it_is_an_object_of_a_module(monkeypatch, tmp_path):
     schedule = parse_reward("0.5*my_steps:reward + bleu")
     assert schedule.names == ("lambda", "bleu")
     assert run(0.5 * parse_reward("my_steps:reward"), ["abc;"])[0] == [pytest.approx(1 / 6)]
+
+
+def test_play_shows_what_every_step_was_paid():
+    from rich.console import Console
+
+    from textgym.commands.play import Game, PlayArgs
+
+    out = io.StringIO()
+    game = Game(PlayArgs(env="textgym/Echo-v0"), Console(file=out, width=100))
+    game.env.unwrapped.task = make_task()
+    game.env.unwrapped.mdp = TokenMDP(game.env.unwrapped.task, 1)
+    game.tokenizer = TOKENS
+    game.start(prompt_row=0)
+    for line in ("a .", "b b .", ":undo", "a a .", ""):
+        game.turn(line)
+    assert game.rewards[:5] == [0, 0.125, 0, 0, 0.25]
+    shown = out.getvalue()
+    assert "a: 0.3750" in shown and "length: 9.0000" in shown and "total reward 4.8750" in shown

@@ -63,6 +63,7 @@ class Game:
         self.model = maker.model
         self.tokenizer: Tokenizer = self.env.task.tokenizer
         self.rewards: list[float] = []
+        self.components: list[dict[str, float]] = []
         self.pieces: list[str] = []
         self.undo: list[tuple[Any, int]] = []
         self.policy: Any = None
@@ -78,7 +79,7 @@ class Game:
                 seed=self.args.seed if first else None, options=options
             )
         self.stream = info["stream"]
-        self.rewards, self.pieces, self.undo = [], [], []
+        self.rewards, self.components, self.pieces, self.undo = [], [], [], []
         prompt = self.env.task.prompt_text(info["prompt_row"])
         text = prompt if isinstance(prompt, str) else "\n".join(map(_message, prompt))
         self.console.rule(f"prompt {info['prompt_row']}", align="left")
@@ -125,6 +126,7 @@ class Game:
         for token in ids:
             self.observation, reward, terminated, truncated, info = self.env.step(token)
             self.rewards.append(float(reward))
+            self.components.append(info.get("reward", {}))
             self.pieces.append(self.tokenizer.piece(token))
             if terminated or truncated:
                 self.finish(info)
@@ -138,7 +140,7 @@ class Game:
             raise UsageError("there is nothing to undo")
         state, count = self.undo.pop()
         self.observation = self.env.set_state(state)
-        del self.rewards[count:], self.pieces[count:]
+        del self.rewards[count:], self.components[count:], self.pieces[count:]
         self.console.print(f"[dim]so far:[/] {escape(self.env.mdp.response_text(0))}")
 
     def write(self, count: int | None) -> bool:
@@ -165,7 +167,8 @@ class Game:
         for piece, reward in zip(self.pieces, self.rewards, strict=True):
             table.add_row(escape(repr(piece)), f"{reward:+.4f}" if reward else "[dim]0[/]")
         self.console.print(table)
-        for name, value in info.get("reward", {}).items():
+        for name in dict.fromkeys(name for parts in self.components for name in parts):
+            value = sum(parts.get(name, 0.0) for parts in self.components)
             self.console.print(f"{name}: {value:.4f}")
         if "reward_status" in info:
             self.console.print(f"unscored: {escape(info['reward_status'])}")
