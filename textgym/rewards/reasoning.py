@@ -59,7 +59,7 @@ class ReasoningGym(PooledVerifier):
         config: Mapping[str, Any],
         *,
         answer_in: Literal["either", "tag", "text"] = "either",
-        cpu_seconds: float = 3.0,
+        cpu_seconds: float = 5.0,
         example: Mapping[str, Any] | None = None,
     ) -> None:
         if answer_in not in ("either", "tag", "text"):
@@ -100,7 +100,7 @@ def reasoning_gym_task(
     seed: int = 0,
     template: str = "{question}",
     answer_in: Literal["either", "tag", "text"] = "either",
-    cpu_seconds: float = 3.0,
+    cpu_seconds: float = 5.0,
     **config: Any,
 ) -> tuple[Prompts, ReasoningGym]:
     r"""Make the prompts and the reward of a reasoning-gym dataset.
