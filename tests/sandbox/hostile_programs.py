@@ -1,5 +1,7 @@
 """Programs written to get what they have not earned, or to do harm. Tests are f(x) = x * x."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 SYSCALL = """

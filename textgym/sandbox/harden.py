@@ -24,17 +24,6 @@ NAMESPACES = {
     "network namespace": 0x40000000,
     "ipc namespace": 0x08000000,
 }
-# The layers of a job, the outermost first.
-LAYERS = (
-    "unprivileged user",
-    *NAMESPACES,
-    "resource limits",
-    "cpu timer",
-    "no new privileges",
-    "no capabilities",
-    "landlock",
-    "seccomp",
-)
 NOBODY = 65534
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 PROCESS_CPU_CLOCK = 2

@@ -6,8 +6,20 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from textgym.sandbox.harden import LAYERS
-
+# The layers of a job, as `textgym.sandbox.harden` puts them on, the outermost first.
+LAYERS = (
+    "unprivileged user",
+    "user namespace",
+    "process namespace",
+    "network namespace",
+    "ipc namespace",
+    "resource limits",
+    "cpu timer",
+    "no new privileges",
+    "no capabilities",
+    "landlock",
+    "seccomp",
+)
 # What the self-test tries, and what it means that it succeeds.
 BREACHES = {
     "time": "runs longer than its budget of CPU time",
@@ -19,6 +31,8 @@ BREACHES = {
     "signals": "sends signals to other processes",
     "read": "reads files of the user",
 }
+# How the self-test exits where it could execute another program.
+EXIT_EXECUTED = 7
 # Without these a level is not reached.
 UNLIMITED = ("time", "memory")
 HARMFUL = ("write", "network", "processes", "programs", "signals")

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from textgym.sandbox.frames import write_frame
-
-EXIT_EXECUTED = 7
+from textgym.sandbox.levels import EXIT_EXECUTED
 
 
 def run_probe(job: dict[str, Any], result: int, missing: dict[str, str]) -> NoReturn:

@@ -9,10 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from textgym.sandbox.levels import BREACHES, Report
+from textgym.sandbox.levels import BREACHES, EXIT_EXECUTED, Report
 from textgym.sandbox.outcome import SandboxError, ZygoteDiedError
 from textgym.sandbox.plain import parse_answer
-from textgym.sandbox.probe import EXIT_EXECUTED
 from textgym.sandbox.process import Zygote
 
 CPU_SECONDS, MEMORY_MB, WALL_SECONDS = 0.02, 256, 30.0

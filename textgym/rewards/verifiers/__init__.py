@@ -1,6 +1,7 @@
 """Verifiers: rewards that say whether a text is right."""
 
 from textgym.rewards.verifiers.base import PooledVerifier, Verifier
+from textgym.rewards.verifiers.code import UnitTests
 from textgym.rewards.verifiers.countdown import Countdown
 from textgym.rewards.verifiers.json_schema import Json, JsonSchema
 from textgym.rewards.verifiers.math import Math
@@ -21,6 +22,7 @@ __all__ = [
     "Pattern",
     "PooledVerifier",
     "TagFormat",
+    "UnitTests",
     "Verifier",
     "WordConstraints",
     "think_answer",

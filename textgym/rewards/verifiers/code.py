@@ -133,14 +133,14 @@ class UnitTests(Verifier):
         return items
 
     def examples(self) -> tuple[Example, ...]:
-        """Give a program that passes, one that passes half its tests, and one that cannot run."""
+        """Give a program that passes, one that passes half its tests, and one that passes none."""
         tests = [{"args": [[3, 1, 2]], "expected": 3}, {"args": [[-2, -5]], "expected": -2}]
         row = {self.column or "": tests}
         half = "def largest(xs):\n    best = 0\n    for x in xs:\n        best = max(best, x)\n"
         return (
             Example(row, "```python\ndef largest(xs):\n    return max(xs)\n```", 1.0),
             Example(row, f"{half}    return best", 0.5 if self.partial else 0.0),
-            Example(row, "def largest(xs) return max(xs)", 0.0),
+            Example(row, "```python\ndef largest(xs):\n    return min(xs)\n```", 0.0),
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
