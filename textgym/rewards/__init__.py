@@ -10,6 +10,8 @@ from textgym.rewards.errors import RewardColumnError, RewardError, TextFailure
 from textgym.rewards.exact_match import ExactMatch
 from textgym.rewards.frequencies import Frequencies
 from textgym.rewards.functions import as_reward
+from textgym.rewards.interop import from_rubric
+from textgym.rewards.judge import HTTPJudge
 from textgym.rewards.length import LengthPenalty, LengthWindow, SoftOverlong
 from textgym.rewards.meteor import Meteor
 from textgym.rewards.perplexity import InversePerplexity
@@ -18,6 +20,7 @@ from textgym.rewards.reference import ReferenceLogProb
 from textgym.rewards.registry import REWARDS, make_reward, parse_reward
 from textgym.rewards.rouge import Rouge
 from textgym.rewards.schedules import Payment, Schedule, Track, as_schedule, dense, terminal
+from textgym.rewards.service import Service
 from textgym.rewards.ter import Ter
 from textgym.rewards.token_f1 import TokenF1
 
@@ -32,6 +35,7 @@ __all__ = [
     "ExactMatch",
     "Example",
     "Frequencies",
+    "HTTPJudge",
     "InversePerplexity",
     "LengthPenalty",
     "LengthWindow",
@@ -46,6 +50,7 @@ __all__ = [
     "Schedule",
     "Scores",
     "SelfBleu",
+    "Service",
     "SoftOverlong",
     "Ter",
     "TextBatch",
@@ -55,6 +60,7 @@ __all__ = [
     "as_reward",
     "as_schedule",
     "dense",
+    "from_rubric",
     "make_reward",
     "parse_reward",
     "steps",
