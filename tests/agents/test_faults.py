@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -157,6 +158,39 @@ def test_five_seeds_with_faults_end_like_five_without(agent: str) -> None:
     assert min(final["without"]) > 0.9
     assert abs(np.mean(final["with"]) - np.mean(final["without"])) <= 3 * noise + 0.01
     assert 0.01 < unscored < 0.05 and len(met) == len(FAULTS)
+
+
+@pytest.mark.slow
+def test_the_embedded_model_learns_data_to_text_with_faults() -> None:
+    final: dict[str, list[float]] = {"before": [], "without": [], "with": []}
+    met: Counter[str] = Counter()
+    for seed in range(3):
+        for name in ("without", "with"):
+            faulty = FaultyReward("bleu", seed=seed, timeout=0.6, **FAULTS)
+            reward = faulty if name == "with" else "bleu"
+            make: Any = partial(
+                gym.make_vec,
+                "textgym/DataToText-v0",
+                64,
+                "vector_entry_point",
+                autoreset_mode="Disabled",
+            )
+            envs, test = make(reward=reward), make(split="test")
+            policy = CausalLMPolicy.from_pretrained("embedded", device="cpu", seed=seed)
+            if name == "without":
+                final["before"].append(score(policy, test))
+            config = REINFORCEConfig(
+                lr=5e-4, whiten=True, kl_coef=0.02, path="sequence", seed=seed, eval_every=0
+            )
+            REINFORCE(policy, envs, config).learn(60_000, quiet=True)
+            final[name].append(score(policy, test))
+            met += faulty.met
+    for name, scores in final.items():
+        print(f"\nDataToText-v0 {name}: {np.mean(scores):.4f} +- {np.std(scores, ddof=1):.4f}")
+    print(f"faults of three runs: {dict(met)}")
+    gain = np.mean(final["without"]) - np.mean(final["before"])
+    assert gain > 0.02
+    assert abs(np.mean(final["with"]) - np.mean(final["without"])) < 0.2 * gain
 
 
 SCORER = """

@@ -84,6 +84,9 @@ HOSTILE: dict[str, str] = {
     "JSON with a tail": '{"a": 1} and more',
     # code, and words to a reader of templates
     "code that exits": "import os\nos._exit(0)",
+    "an expression that exits": "__import__('os')._exit(66)",
+    "a list that exits": "[[__import__('os')._exit(66)]]",
+    "the name of the answer": "entry['answer']",
     "code that loops": "```python\nwhile True: pass\n```",
     "dunder": "().__class__.__base__.__subclasses__()",
     "format": "%s%n{0.__class__}{:>999999999}{}",
