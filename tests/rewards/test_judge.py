@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from textgym.rewards import TextBatch, as_reward, judge_prompt
 from textgym.rewards.judge import HTTPJudge
@@ -271,27 +273,34 @@ def test_ordinary_text_is_shown_as_it_is():
 @pytest.mark.parametrize(
     ("answer", "score"),
     [
-        ('{"id": "i", "reason": "r", "score": 7}', 7),
-        ('```json\n{"id": "i",\n "score": 7}\n```', 7),
-        ('Let me see. {"score": 9} {"id": "i", "score": 7} That is {all}.', 7),
-        ('{"id": "i", "score": 3} No: {"id": "i", "score": 7}', 7),
-        ('{"id": "other", "score": 10} {"id": "i", "score": 7} {"id": "other", "score": 10}', 7),
-        ('{"id": "i", "reason": "two\nlines {\\"score\\": 9}", "score": 7.0}', 7),
-        ('{"score": "7", "id": "i"}', 7),
-        ('{"id": "i", "score": 7.5}', 7.5),
-        ("{" * 500 + '{"id": "i", "score": 7}', None),
-        ('{"id": "i", "score": 11}', None),
-        ('{"id": "i", "score": 0}', None),
-        ('{"id": "i", "score": NaN}', None),
-        ('{"id": "i", "score": true}', None),
-        ('{"id": "i", "score": null}', None),
-        ('{"id": "i", "score": [7]}', None),
-        ('{"id": "i", "score": "ten"}', None),
-        ('{"id": "i"}', None),
-        ('{"id": "i", "score": ' + "9" * 5000 + "}", None),
+        ('{"id": "c0ffee", "reason": "r", "score": 7}', 7),
+        ('```json\n{"id": "c0ffee",\n "score": 7}\n```', 7),
+        ('Let me see. {"score": 9} {"id": "c0ffee", "score": 7} That is {all}.', 7),
+        ('{"id": "c0ffee", "score": 3} No: {"id": "c0ffee", "score": 7}', 7),
+        (
+            '{"id": "0", "score": 10} {"id": "c0ffee", "score": 7} {"id": "1", "score": 10}',
+            7,
+        ),
+        ('{"id": "c0ffee", "reason": "two\nlines {\\"score\\": 9}", "score": 7.0}', 7),
+        ('{"score": "7", "id": "c0ffee"}', 7),
+        ('{"id": "c0ffee", "score": 7.5}', 7.5),
+        ("{" * 50_000 + '{"id": "c0ffee", "score": 7}' + '{"a":' * 2_000, 7),
+        ("{" * 9 + 'c0ffee? {"id": "c0ffee", "score": 7} c0ffee!', 7),
+        ('{"id": "c0ffee", "score": 11}', None),
+        ('{"id": "c0ffee", "score": 0}', None),
+        ('{"id": "c0ffee", "score": NaN}', None),
+        ('{"id": "c0ffee", "score": true}', None),
+        ('{"id": "c0ffee", "score": null}', None),
+        ('{"id": "c0ffee", "score": [7]}', None),
+        ('{"id": "c0ffee", "score": "ten"}', None),
+        ('{"id": "c0ffee"}', None),
+        ('{"id": "c0ffee", "score": ' + "9" * 5000 + "}", None),
         ('{"score": 7}', None),
-        ('{"quoted": {"id": "i", "score": 7}}', None),
-        ('{"id": "i", "score": 7', None),
+        ('{"verdict": {"id": "c0ffee", "score": 7}}', 7),
+        ('{"id": "c0ffee", "score": 7', None),
+        ('{"not": "c0ffee", "score": 7}', None),
+        ("c0ffee 7 " * 7_000, None),
+        ('{"c0ffee":' * 5_000, None),
         ("7", None),
         ("", None),
         ('{"a":' * 20_000, None),
@@ -301,9 +310,16 @@ def test_ordinary_text_is_shown_as_it_is():
 def test_the_verdict_is_read_or_refused(answer, score):
     if score is None:
         with pytest.raises(ValueError, match="expected a"):
-            read_verdict(answer, "i", (1, 10))
+            read_verdict(answer, "c0ffee", (1, 10))
     else:
-        assert read_verdict(answer, "i", (1, 10)) == score
+        assert read_verdict(answer, "c0ffee", (1, 10)) == score
+
+
+@given(st.text(max_size=60) | st.text(alphabet='{}[]":,\\ idscore10\n', max_size=60))
+def test_whatever_a_judge_quotes_its_verdict_is_read(quoted):
+    own = '{"id": "c0ffee", "reason": "r", "score": 3}'
+    for answer in (f"{quoted}\n{own}", f"{own}\n{quoted}", f"'{quoted}': {own} '{quoted}'"):
+        assert read_verdict(answer, "c0ffee", (1, 10)) == 3
 
 
 # ---- what goes wrong on the way ------------------------------------------------------------------
