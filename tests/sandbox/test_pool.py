@@ -304,8 +304,8 @@ def test_a_worker_has_no_secrets_and_no_descriptors(pool, monkeypatch, tmp_path)
     assert pool.map([("core",)])[0].value == 0
 
 
-def test_any_thread_may_call_and_workers_outlive_it(pool):
-    results = {}
+def test_any_thread_may_call_and_workers_outlive_it(setup):
+    pool, results = WorkerPool(setup), {}
 
     def call(k):
         results[k] = [v.value for v in pool.map([("value", 100 * k + i) for i in range(20)])]
@@ -320,6 +320,7 @@ def test_any_thread_may_call_and_workers_outlive_it(pool):
     time.sleep(0.1)
     # The threads that started the workers are gone, the workers are not.
     assert {pool.map([("guard_pid", 10 + i)])[0].value for i in range(6)} == pids
+    pool.close()
 
 
 def test_no_signal_handler_is_touched(pool):

@@ -70,12 +70,14 @@ class Countdown(Verifier):
             row[self.target] = 24
         elif self.target != 24:
             return ()
+        other = {**row, self.column or "": [4, 6]}
         return (
             Example(row, "8 / 3 is 2 2/3, so:\n8 / (3 - 8 / 3) = 24", 1.0),
             Example(row, r"\boxed{8 \div (3 - 8 \div 3)}", 1.0),
             Example(row, "The answer is 3 * 8", float(not self.use_all)),
             Example(row, "8 + 8 + 8 = 24", 0.0),
             Example(row, "3 + 3 + 8 + 8", 0.0),
+            Example(other, "So: 6 * 4 = 24", 1.0),
         )
 
     def _task(self, row: Mapping[str, Any]) -> tuple[list[int], int]:

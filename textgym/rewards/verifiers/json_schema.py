@@ -123,6 +123,7 @@ class JsonSchema(PooledVerifier):
             Example(row, '{"age": 36}', 1.0),
             Example(row, '{"age": -1}', 0.0),
             Example(row, "36 years", 0.0),
+            Example({self.column: {"type": "array", "minItems": 2}}, "[1, 2]", 1.0),
         )
 
     def _checked(self, schema: Any) -> str:

@@ -113,6 +113,7 @@ class Math(PooledVerifier):
             Example(row, r"It is \boxed{\frac{1}{3}}.", 0.0),
             Example(row, r"It is \boxed{\frac{1}{2}} or perhaps \boxed{\frac{1}{3}}.", 0.0),
             Example(row, "I do not know.", 0.0),
+            Example({self.column or "": "(x+1)^2"}, r"\boxed{x^2 + 2x + 1}", 1.0),
         )
 
     def _gold(self, row: Mapping[str, Any]) -> str:

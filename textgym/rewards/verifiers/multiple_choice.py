@@ -104,4 +104,5 @@ class MultipleChoice(Verifier):
             Example(row, f"**{right}**", 1.0),
             Example(row, f"The answer is {right} or {wrong}.", 0.0),
             Example(row, f"The answer is {wrong}.", 0.0),
+            Example({self.column or "": wrong}, f"({wrong})", 1.0),
         )

@@ -78,6 +78,7 @@ class Numeric(Verifier):
             Example(row, "The answer is 43.", 0.0),
             Example(row, "The answer is 42 or 43.", 0.0),
             Example(row, "I do not know.", 0.0),
+            Example({self.column or "": 1250}, "She pays $1,250.00", 1.0),
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

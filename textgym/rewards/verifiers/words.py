@@ -94,6 +94,7 @@ class WordConstraints(Verifier):
             Example(row, "Catch the frisbee, dog!", 1.0),
             Example(row, "The dogs catch a frisbee.", 0.0),
             Example(row, "The dog sleeps.", 0.0),
+            Example({column: ["ski", "snow"]}, "They ski in fresh snow.", 1.0),
         )
 
     def _read(self, kind: str, value: Any) -> Any:
