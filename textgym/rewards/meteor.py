@@ -13,8 +13,8 @@ where content words weigh δ = 0.75 and function words 1 − δ, exact matches 1
 It differs from METEOR 1.5 in two ways. There is no stage of paraphrases (its tables are 60 MB).
 And METEOR counts as function words those with a relative frequency above 1/1000 in its corpora:
 `FUNCTION_WORDS` is a list of our own after that rule, fitted to METEOR's counts of function words
-in 60 texts of 175 different words, whose scores it reproduces. A word that it classes otherwise
-than METEOR does moves a score by some thousandths.
+in 60 texts of 175 different words, whose scores it reproduces. On other texts expect what it had
+before the fit: 51 of the 60 scores equal, the others within 0.013.
 """
 
 from __future__ import annotations
