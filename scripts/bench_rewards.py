@@ -5,8 +5,9 @@ environment would: one token of every response, then the next. Ours pushes each 
 the other way gives the whole prefix to a reused object of the library. Both take their turns, on
 new texts in every round (the libraries remember texts that they have seen) with the same
 references, whose set-up is counted apart, and all values must be equal. Terminal scoring gives
-whole texts to both, with the references prepared for both. The clock is CPU time of one thread.
-The last line is JSON.
+whole texts to both, with the references prepared for both. With `--gsm8k FOLDER` numeric answers
+are judged by `Numeric` and by math-verify (`numeric_answers.py`). The clock is CPU time of one
+thread. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import tyro
@@ -56,6 +58,8 @@ class Args:
     """Numbers of references."""
     rounds: int = 3
     """Measurements of each kind, taken in turns; tables show the median."""
+    gsm8k: Path | None = None
+    """A folder with GSM8K's `test.jsonl`: also compare numeric answers with math-verify."""
 
 
 class Writer:
@@ -231,7 +235,8 @@ def main(args: Args) -> None:
     """Print the table and the JSON line."""
     result: dict[str, Any] = {"benchmark": "bench_rewards", "rows": args.rows}
     result |= {"tokens": args.tokens, "reference_words": args.words, "rounds": args.rounds}
-    result |= described(("sacrebleu", "rouge-score", "nltk", "numpy"))
+    packages = ("sacrebleu", "rouge-score", "nltk", "numpy")
+    result |= described(packages if args.gsm8k is None else (*packages, "math-verify"))
     for key in ("processor", "cores", "system", "python", "versions", "command", "commit"):
         print(f"{key:<10} {result[key]}")
     writer = Writer(args)
@@ -253,6 +258,17 @@ def main(args: Args) -> None:
                 f" {row['us_per_text']:>9.1f} {row['us_per_text_library']:>9.1f}"
                 f" {row['terminal_times']:>8.1f}x {row['setup_us_per_row']:>9.1f}",
                 flush=True,
+            )
+    if args.gsm8k is not None:
+        from numeric_answers import compare  # math-verify is an extra
+
+        result["numeric"] = compare(args.gsm8k, args.rounds)
+        print("\nnumeric answers against math-verify: microseconds, and verdicts that differ")
+        for name, row in result["numeric"].items():
+            print(
+                f"{name:<18} {row['texts']:>6} texts {row['us_per_text']:>7.2f}"
+                f" {row['us_per_text_library']:>8.1f} {row['times']:>7.1f}x"
+                f" {row['verdicts_that_differ']:>4} differ"
             )
     print(json.dumps(result))
 
