@@ -208,3 +208,17 @@ def test_depth():
 def test_what_is_no_answer(data):
     with pytest.raises(ValueError):
         parse_answer(data)
+
+
+def test_forged_nesting_of_any_depth_is_read_or_refused():
+    """What is just shallow enough to be read may be too deep to be written again."""
+    for depth in (1, 10, *range(800, 1010), 5000, 100_000):
+        data = b'{"set": [' + b"[" * depth + b"]" * depth + b"]}"
+        try:
+            answer = parse_answer(data)
+        except ValueError:
+            continue
+        pairs = {"dict": [[answer["set"][0], 1]]}
+        for expected in EXPECTED:
+            assert same(expected, answer) is same([expected], [answer]) is False
+            assert same(expected, pairs) is False

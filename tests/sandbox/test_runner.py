@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from textgym.sandbox.levels import BREACHES, LAYERS, Level, Report
 from textgym.sandbox.plain import to_json
 from textgym.sandbox.process import Zygote
 from textgym.sandbox.runner import CodeRunner, Job, Outcome, SandboxError, ZygoteDiedError
+from textgym.sandbox.syscalls import ARCHITECTURES, MACHINE
 
 SQUARE = "def f(x):\n    return x * x"
 
@@ -202,6 +204,29 @@ def test_nothing_runs_where_a_layer_is_lost(runner):
         zygote.kill()
 
 
+def test_a_zygote_that_could_not_be_restarted_is_started_by_the_next_job(monkeypatch):
+    single = CodeRunner(workers=1, require="limited")
+    (zygote,) = single._ready().zygotes
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr("textgym.sandbox.process.BOOT", "raise SystemExit('not now')")
+            os.killpg(zygote.process.pid, signal.SIGKILL)
+            (outcome,) = single.map([calls(SQUARE, 2)])
+            assert isinstance(outcome, SandboxError) and "not now" in str(outcome)
+        assert single.map([calls(SQUARE, 2)])[0].answers == [["ok", 4]]
+    finally:
+        single.close()
+
+
+def test_a_long_temporary_folder(monkeypatch, tmp_path):
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    single = CodeRunner(workers=1, require="limited")
+    assert "network" not in single.report.breaches or single.report.level < Level.CONTAINED
+    single.close()
+
+
 def test_a_broken_start_says_why(monkeypatch):
     monkeypatch.setattr("textgym.sandbox.process.BOOT", "raise SystemExit('no such thing')")
     with pytest.raises(SandboxError, match="did not start: no such thing"):
@@ -269,6 +294,21 @@ def test_closing_ends_the_zygotes_and_a_later_job_starts_new_ones():
     assert first.returncode is not None
     assert runner.map([calls(SQUARE, 2)])[0].status == "ok"
     runner.close()
+
+
+def test_a_layer_that_the_machine_offers_is_used(runner):
+    """So that a layer that broke is a failure, and not a skipped test; asked of other tools."""
+    missing = runner.report.missing
+    if "Seccomp:" in Path("/proc/self/status").read_text() and MACHINE in ARCHITECTURES:
+        assert "seccomp" not in missing and "no new privileges" not in missing
+        assert runner.report.level >= Level.CONTAINED
+    lsm = Path("/sys/kernel/security/lsm")
+    if lsm.is_file() and "landlock" in lsm.read_text():
+        assert "landlock" not in missing
+    tool = shutil.which("unshare")
+    options = ["--user", "--pid", "--net", "--ipc", "--fork", "true"]
+    if tool and subprocess.run([tool, *options], capture_output=True, check=False).returncode == 0:
+        assert not [layer for layer in missing if layer.endswith("namespace")]
 
 
 def test_the_table(runner, capsys):

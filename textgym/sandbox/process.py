@@ -138,6 +138,8 @@ class Zygote:
         Raises:
             ZygoteDiedError: If the zygote is gone, or does not end the job when told to.
         """
+        if self.control.fileno() < 0:
+            raise ZygoteDiedError("the zygote of the sandbox has ended")
         inbox, outbox = os.pipe(), os.pipe()
         talk = _Talk(self.control.fileno(), inbox[1], outbox[0], encode(content) + more)
         try:

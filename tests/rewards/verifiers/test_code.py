@@ -138,6 +138,7 @@ def test_find_code(text, code):
         [1],
         [{"args": [1]}],
         [{"args": 1, "expected": 1}],
+        [{"args": "abc", "expected": 1}],
         [{"args": [object()], "expected": 1}],
         [{"args": [1], "expected": 1j}],
         [{"stdin": 1, "stdout": ""}],

@@ -162,12 +162,14 @@ class UnitTests(Verifier):
         calls: list[Any] | None = None
         try:
             if kind[0] == "args":
+                if not all(isinstance(arguments, list | tuple) for arguments in given):
+                    raise NotPlainError("expected a list of arguments as args")
                 calls = [to_json(list(arguments)) for arguments in given]
                 for value in expected:
                     to_json(value)
             elif not all(isinstance(value, str) for value in [*given, *expected]):
                 raise NotPlainError("expected strings as stdin and stdout")
-        except (NotPlainError, TypeError) as error:
+        except NotPlainError as error:
             raise ValueError(f"the column {self.column!r} cannot be used: {error}") from None
         code = find_code(text)
         if len(code) > LONGEST:
