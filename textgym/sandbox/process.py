@@ -103,6 +103,8 @@ class Zygote:
         self._end.detach()
         self.process.returncode = 0  # not ours to wait for
         self.control.close()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
 
     def run(self, job: Job) -> Outcome:
         """Run a job.
