@@ -100,7 +100,7 @@ class _Scores(torch.autograd.Function):
         return logprob, h
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(
         ctx: Any, of_logprob: Tensor | None, of_h: Tensor | None
     ) -> tuple[Tensor | None, None, None, None, None]:
