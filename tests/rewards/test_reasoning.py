@@ -38,8 +38,8 @@ def test_a_reasoning_gym_dataset_is_prompts_and_a_reward():
     want = [theirs.score_answer(t.strip(), e) for t, e in zip(texts, theirs, strict=True)]
     assert reward.evaluate(batch, strict=True).values.tolist() == want
     assert len(train) == 3 and pickle.loads(pickle.dumps(reward)).name == "chain_sum"
-    best, worst = reward.examples()
-    for example in (best, worst):
+    assert [example.value for example in reward.examples()] == [1.0, 1.0, 1.0, 0.0]
+    for example in reward.examples():
         scores = reward.evaluate(TextBatch.from_texts([example.text], [example.row]))
         assert scores.values.tolist() == [example.value]
 

@@ -7,7 +7,7 @@ import difflib
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ class ReasoningGym(PooledVerifier):
         config: Its configuration, size and seed included.
         answer_in: Where the answer is, see `reasoning_gym_task`.
         cpu_seconds: CPU time of one answer.
-        example: A row of the prompts, for `examples()`.
+        shown: Rows of the prompts, for `examples()`.
     """
 
     setup = "textgym.rewards.reasoning_worker:score"
@@ -59,13 +59,13 @@ class ReasoningGym(PooledVerifier):
         config: Mapping[str, Any],
         *,
         answer_in: Literal["either", "tag", "text"] = "either",
-        cpu_seconds: float = 5.0,
-        example: Mapping[str, Any] | None = None,
+        cpu_seconds: float = 3.0,
+        shown: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if answer_in not in ("either", "tag", "text"):
             raise ValueError(f"answer_in must be 'either', 'tag' or 'text', got {answer_in!r}")
         self.dataset, self.config, self.answer_in = dataset, repr(dict(config)), answer_in
-        self.example = example
+        self.shown = tuple(row for row in shown if row["answer"] is not None)
         super().__init__(
             dataset,
             "entry",
@@ -85,12 +85,10 @@ class ReasoningGym(PooledVerifier):
         return Ask((self.dataset, self.config, row["entry"], answer))
 
     def examples(self) -> tuple[Example, ...]:
-        """Give the dataset's own answer to its first question, and none."""
-        row = self.example
-        if row is None or row["answer"] is None:
-            return ()
-        right = row["answer"] if self.answer_in == "text" else f"<answer>{row['answer']}</answer>"
-        return Example(row, right, 1.0), Example(row, "", 0.0)
+        """Give the dataset's own answers to some of its questions, and no answer."""
+        wrap = "{}" if self.answer_in == "text" else "<answer>{}</answer>"
+        right = [Example(row, wrap.format(row["answer"]), 1.0) for row in self.shown]
+        return (*right, *(Example(example.row, "", 0.0) for example in right[:1]))
 
 
 def reasoning_gym_task(
@@ -100,7 +98,7 @@ def reasoning_gym_task(
     seed: int = 0,
     template: str = "{question}",
     answer_in: Literal["either", "tag", "text"] = "either",
-    cpu_seconds: float = 5.0,
+    cpu_seconds: float = 3.0,
     **config: Any,
 ) -> tuple[Prompts, ReasoningGym]:
     r"""Make the prompts and the reward of a reasoning-gym dataset.
@@ -156,9 +154,7 @@ def reasoning_gym_task(
         vet(dataset)
         rows = [_row(dataset[i], i, template) for i in range(size)]
     prompts = Prompts(rows, name=name)
-    reward = ReasoningGym(
-        name, knobs, answer_in=answer_in, cpu_seconds=cpu_seconds, example=prompts[0]
-    )
+    reward = ReasoningGym(name, knobs, answer_in=answer_in, cpu_seconds=cpu_seconds, shown=rows[:3])
     return prompts, reward
 
 

@@ -70,10 +70,11 @@ def vet(dataset: Any) -> None:
 
 def disarm() -> None:
     """Take the evaluation of answers out of the library, for the rest of the process."""
+    module: Any
     for name in BY_EVAL:
-        importlib.import_module(name).eval = ast.literal_eval  # type: ignore[attr-defined]
-    import sympy
-
+        module = importlib.import_module(name)
+        module.eval = ast.literal_eval
+    sympy: Any = importlib.import_module("sympy")
     # Under the names by which the scorers call it: what SymPy itself parses is its own.
     arithmetic = _of_arithmetic(sympy.parse_expr)
     sympy.parse_expr = arithmetic
