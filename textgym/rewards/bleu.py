@@ -15,14 +15,8 @@ import numpy as np
 
 from textgym.rewards.base import Corpus, Cursor, Example, FloatArray, Reward, is_number
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.bleu_counts import (
-    SMOOTHING,
-    BleuCursor,
-    Count,
-    Formula,
-    Target,
-    brevity_penalty,
-)
+from textgym.rewards.bleu_counts import BleuCursor, Count, Target
+from textgym.rewards.bleu_formula import SMOOTHING, Formula, brevity_penalty
 from textgym.rewards.bleu_words import STEPWISE, Splitter, make_tokenizer, splitter
 from textgym.rewards.errors import check_column
 from textgym.rewards.references import references_of
@@ -134,7 +128,9 @@ class Bleu(Reward):
         def score(sums: FloatArray) -> FloatArray:
             sums = np.asarray(sums, np.float64)
             values = [
-                self.formula(row[2 : 2 + order], row[2 + order :], brevity_penalty(*row[:2]))
+                self.formula.of_counts(
+                    row[2 : 2 + order], row[2 + order :], brevity_penalty(*row[:2])
+                )
                 for row in sums.reshape(-1, sums.shape[-1]).tolist()
             ]
             return np.array(values).reshape(sums.shape[:-1])

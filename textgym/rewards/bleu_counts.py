@@ -1,80 +1,11 @@
-"""BLEU from counts: the n-grams of the references, the formula, and cursors over growing texts."""
+"""BLEU from counts: the n-grams of the references, and cursors over growing texts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from textgym.rewards.bleu_formula import Formula, brevity_penalty
 from textgym.rewards.bleu_words import Splitter, Words, joins
-
-SMOOTHING: dict[str, float | None] = {"exp": None, "floor": 0.1, "add-k": 1.0, "none": None}
-LOG_OF_ZERO = -9999999999.0  # what sacrebleu takes for the logarithm of a precision of 0
-
-
-@dataclass(frozen=True)
-class Formula:
-    """BLEU = BP · exp(mean of log p_n, n = 1..N), from 0 to 1 (Papineni et al. 2002, section 2.3).
-
-    The same floating-point operations in the same order as sacrebleu's, so that values are equal
-    bit for bit; that makes a perfect text worth 1 + 4e-16.
-
-    Args:
-        max_order: N.
-        effective_order: Average over the orders that the text is long enough for.
-        smooth_method: What becomes of a precision of 0 (Chen & Cherry 2014): `"exp"` halves at
-            each (method 3), `"floor"` counts `smooth_value` matches (1), `"add-k"` adds it to all
-            matches and totals of n > 1 (2), `"none"` leaves it.
-        smooth_value: See `smooth_method`.
-    """
-
-    max_order: int = 4
-    effective_order: bool = True
-    smooth_method: str = "exp"
-    smooth_value: float = 0.0
-
-    def __call__(self, correct: Sequence[float], totals: Sequence[float], penalty: float) -> float:
-        """Compute BLEU.
-
-        Args:
-            correct: Matched n-grams, `[N]`.
-            totals: N-grams of the text, `[N]`; negative counts as none.
-            penalty: The brevity penalty BP.
-        """
-        if not correct[0]:
-            return 0.0  # who shares no word shares no n-gram
-        logs: list[float] = []
-        method, halving = self.smooth_method, 1.0
-        for matched, total in zip(correct, totals, strict=True):
-            if total < 0:
-                total = 0
-            if method == "add-k" and logs:
-                matched += self.smooth_value
-                total += self.smooth_value
-            if total == 0:
-                break
-            if matched:
-                precision = 100.0 * matched / total
-            elif method == "exp":
-                halving *= 2
-                precision = 100.0 / (halving * total)
-            elif method == "floor":
-                precision = 100.0 * self.smooth_value / total
-            else:
-                precision = 0.0
-            logs.append(math.log(precision) if precision else LOG_OF_ZERO)
-        order = len(logs)
-        if not self.effective_order:
-            order = self.max_order
-            logs += [LOG_OF_ZERO] * (order - len(logs))
-        return penalty * math.exp(sum(logs) / order) / 100.0
-
-
-def brevity_penalty(length: float, reference: float) -> float:
-    """Give BP for a text and the references that it is held against, both lengths in words."""
-    if length >= reference:
-        return 1.0
-    return math.exp(1 - reference / length) if length > 0 else 0.0
 
 
 class Target:
@@ -208,8 +139,7 @@ class Count:
     def value(self, formula: Formula) -> float:
         """Give BLEU, from 0 to 1."""
         length = self.length
-        totals = range(length, length - self.target.max_order, -1)
-        return formula(self.correct, totals, self.target.penalty(length))
+        return formula.of_text(self.correct, length, self.target.penalty(length))
 
     def copy(self) -> Count:
         """Give an independent copy."""
@@ -297,7 +227,8 @@ class BleuCursor:
         else:
             words = splitter.split(text, self.first, last)
         before, width = self.added, self.width
-        count.remove(before, width, self.start)
+        if width:
+            count.remove(before, width, self.start)
         self.added, self.width = count.add(words), len(words)
         if self.added or before or self.width != width:
             self.value = count.value(self.formula)
