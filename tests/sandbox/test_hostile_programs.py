@@ -14,9 +14,9 @@ import pytest
 from textgym.rewards import TextBatch
 from textgym.rewards.verifiers.code import UnitTests
 from textgym.sandbox.levels import Level
-from textgym.sandbox.runner import CodeRunner, SandboxError, shared_runner
+from textgym.sandbox.runner import CodeRunner, Job, SandboxError, shared_runner
 
-from .hostile_programs import COMPILE, CRASH, FORGERIES, HARM, MEMORY, TIME, prepare
+from .hostile_programs import COMPILE, CRASH, FORGE, FORGERIES, HARM, MEMORY, TIME, prepare
 
 ROW = {"tests": [{"args": [x], "expected": x * x} for x in range(5)], "entry_point": "f"}
 BUDGET = {"cpu_seconds": 0.25, "wall_seconds": 4.0, "memory_mb": 256}
@@ -163,6 +163,23 @@ def ancestors(pid, parents):
     while pid in parents:
         yield pid
         pid = parents[pid]
+
+
+@pytest.mark.parametrize("code", ["x = " + "-" * 1_000_000 + "1", "x=1\n" * 2_000_000])
+def test_what_is_too_long_for_the_reward_is_none_for_the_runner(level, code):
+    (outcome,) = shared_runner().map([Job(code=code, **BUDGET)])
+    assert outcome.status in ("timeout", "memory", "syntax", "recursion", "crash")
+
+
+def test_to_forge_the_right_answers_is_to_know_them(level):
+    """The one forgery that pays is the one that does what was asked."""
+    if level < Level.CONTAINED:
+        pytest.skip(f"programs can do harm here: the sandbox reaches {level.name.lower()} only")
+    right = FORGE + "forge(*[['ok', x * x] for x in range(5)])\nos._exit(0)\n"
+    twice = right.replace("range(5)", "[0, 1, 4, 9, 16, 25]")
+    reward = UnitTests(**BUDGET)
+    scores = reward.evaluate(TextBatch.from_texts([right, twice], [ROW] * 2))
+    assert scores.values.tolist() == [1.0, 0.0]
 
 
 STDIN_ROW = {"tests": [{"stdin": "3\n", "stdout": "9\n"}, {"stdin": "4\n", "stdout": "16\n"}]}

@@ -38,7 +38,7 @@ for name, folder in zip(("textgym", "textgym.sandbox"), sys.argv[1:3]):
 from textgym.sandbox.zygote import main
 main(int(sys.argv[3]), int(sys.argv[4]))
 """
-# Nothing of the scorer's environment; one malloc arena, because each takes address space.
+# Next to nothing of the scorer's environment; one malloc arena, because each takes address space.
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -46,6 +46,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
+# Without it, a Python whose libraries lie elsewhere does not start.
+INHERITED = ("LD_LIBRARY_PATH",)
 
 
 class Zygote:
@@ -72,7 +74,7 @@ class Zygote:
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-S", "-B", "-X", "utf8", "-c", BOOT, *arguments],
-                env=ENVIRONMENT,
+                env=ENVIRONMENT | {n: os.environ[n] for n in INHERITED if n in os.environ},
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
