@@ -113,6 +113,31 @@ def test_a_pattern_of_a_schema_that_explodes_costs_its_own_verdict():
     assert scores.status == [None, "text: timeout", None, None]
 
 
+@pytest.mark.parametrize(
+    ("schema", "text", "statuses"),
+    [
+        (
+            {"uniqueItems": True},
+            json.dumps([{"a": i} for i in range(5000)]),
+            {None, "text: timeout"},
+        ),
+        ({"multipleOf": 0.01}, "1e308", {None}),
+        ({"multipleOf": 0.5}, "9" * 400, {"text: overflow"}),
+        (
+            {"$defs": {"n": {"items": {"$ref": "#/$defs/n"}}}, "$ref": "#/$defs/n"},
+            "[" * 64 + "]" * 64,
+            {None},
+        ),
+        ({"$ref": "#"}, "1", {"text: recursion", "text: crash"}),
+        ({"enum": ["\ud800", "a\x00b"]}, '"\\ud800"', {None}),
+        ({"maxLength": 5}, '"' + "a" * 99_000 + '"', {None}),
+    ],
+)
+def test_texts_that_are_hard_for_a_schema(schema, text, statuses):
+    scores = JsonSchema(schema, cpu_seconds=0.2).evaluate(TextBatch.from_texts([text]))
+    assert scores.status[0] in statuses and scores.values[0] in (0.0, 1.0)
+
+
 def test_schemas_that_are_none_are_nobodys_low_score():
     with pytest.raises(ValueError, match="is not a JSON Schema"):
         JsonSchema({"type": "objekt"})

@@ -18,7 +18,7 @@ from .hostile import HOSTILE, UNFAIR
 math_verify = pytest.importorskip("math_verify")
 
 # A small budget, because hostile texts use all of it.
-LIMITS = {"cpu_seconds": 0.3, "memory_mb": 1024}
+LIMITS = {"cpu_seconds": 0.2, "memory_mb": 1024}
 STATUSES = {None, *(f"text: {s}" for s in ("too long", "timeout", "memory", "recursion", "crash"))}
 
 
@@ -93,6 +93,22 @@ def test_hostile_texts_and_sixty_honest_ones_in_one_batch():
     assert sum(values.values()) == len(set(honest))
     assert set(scores.status) <= STATUSES
     assert "text: timeout" in scores.status and "text: too long" in scores.status
+
+
+def test_hostile_texts_against_right_answers_of_their_kind():
+    golds = {
+        "expansion": r"\boxed{(f+e+d+c+b+a)^{60}+1}",
+        "trigonometry": r"\boxed{\sin(x)}",
+        "equation": r"\boxed{x^{9}-x^{7}+3x^{2}-\sin(x)=e^{x}+1}",
+        "intervals": r"\boxed{\mathbb{R}}",
+        "set": r"\boxed{\{" + ",".join(map(str, range(2999, -1, -1))) + r"\}}",
+        "matrix": r"\boxed{\begin{pmatrix}1&2\\3&4\end{pmatrix}}",
+        "tower": r"9^{9^{9}}",
+    }
+    scores = evaluate([(HOSTILE[name], gold) for name, gold in golds.items()])
+    assert set(scores.status) <= STATUSES
+    assert set(scores.values) <= {0.0, 1.0}
+    assert scores.values[3] == 1.0  # they are all of the real numbers
 
 
 def test_verdicts_are_those_of_math_verify_where_nothing_is_hedged(shared):

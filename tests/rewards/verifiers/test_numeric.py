@@ -68,13 +68,22 @@ ANSWERS = [
     ("She needs 2 1/2 cups", Fraction(5, 2)),
     ("in 2024 he had 17 apples", 17),
     ("<<9*2=18>>18 every day", 18),
+    ("1/2 = 0.5", Fraction(1, 2)),
     ("9" * 200, int("9" * 200)),
 ]
 NONE = [
     *("no", "nan", "-inf", "1e999", "1e5000", "1e-999", "0x10", "1_000", "1/0", "10^3", "2**3"),
     *("1.2.3", "12,34", "#### 1,0", "--5", "+-5", "3; 4", "1,2,3", "3..5", "3 to 4", "3\u20134"),
     *("between 3 and 4", "The answer is at least 4", "The answer is not 4", "4 < 5", "H2O", "v2"),
-    *("x=3 or x=4", "The answer is x=3, x=4", "The answer is {3, 4}", "4 = 4", "x >= 4", "~4"),
+    *(
+        "x=3 or x=4",
+        "The answer is x=3, x=4",
+        "The answer is {3, 4}",
+        "4 = 4",
+        "5 = 4",
+        "x >= 4",
+        "~4",
+    ),
     *(r"\boxed{\frac{1}{0}}", r"\boxed4", "The answer is 4 and 5", "not 4 nor 5", "9" * 201),
 ]
 

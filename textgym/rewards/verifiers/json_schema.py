@@ -56,7 +56,8 @@ class JsonSchema(PooledVerifier):
 
     **Range** 0 or 1. **Cost** linear in the text, and in a worker what the schema costs: about 100
     microseconds; at most `cpu_seconds`. **Statuses** of what could not be judged: `too long` (over
-    100,000 characters), `timeout`, `memory`, `recursion`, `crash`.
+    100,000 characters), `timeout`, `memory`, `recursion`, `crash`, `overflow` (a number is too
+    large for the schema's arithmetic).
 
     Args:
         schema: The schema; None to read it from the column.

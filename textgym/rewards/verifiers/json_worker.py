@@ -12,14 +12,18 @@ from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
 from textgym.rewards.verifiers.json_text import read_json
 
 
-def judge(schema: str, text: str) -> float:
-    """Tell whether a text is JSON that fits a schema.
+def judge(schema: str, text: str) -> float | str:
+    """Tell whether a text is JSON that fits a schema; a status, if its numbers overflow on the way.
 
     Raises:
         jsonschema.SchemaError: If the schema is none.
         referencing.exceptions.Unresolvable: If it refers to what is not in it.
     """
-    return float(validator(schema).is_valid(read_json(text)))
+    kept = validator(schema)
+    try:
+        return float(kept.is_valid(read_json(text)))
+    except ArithmeticError:
+        return "overflow"
 
 
 @functools.lru_cache(1024)

@@ -23,9 +23,13 @@ MOST_BOXES = 4
 
 # What leaves open which answer is meant; math-verify takes the one that it likes.
 _HEDGE = re.compile(
-    r"\b(?:n?or|n?either|approximately|roughly)\b|≈|~|→|\u2228|\\(?:approx|sim(?:eq)?|to|lor|vee|"
+    r"\b(?:n?or|n?either|approximately|roughly)\b|≈|~|→|\u2228|\\(?:approx|sim(?:eq)?|to|lor|vee|mid|[lc]?dots|"
     r"(?:long)?(?:left)?rightarrow|implies|iff)(?![A-Za-z])",
     re.I,
+)
+# Several formulas in a row; a box may have them, for math-verify takes them for a set.
+_LIST = re.compile(
+    r"(?:(?<![0-9]),|,(?![0-9]{3}(?![0-9]))|;|\.\.|\band\b)\s*(?:[A-Za-z]\s?=\s?)?[-+(\[{]{0,3}[0-9$\\]"
 )
 _INTEGER = re.compile(r"-?(?:[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,9})")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -42,6 +46,8 @@ class Math(PooledVerifier):
 
     math-verify takes one answer among several, and the right side of any equation. Here two boxes
     that differ, "3 or 4", "3 ≈ 4" and "5 = 4" earn 0, unless the right answer itself is written so.
+    What is only not worked out (`3+1` for 4) is equal to its value, as in math-verify; `Numeric`
+    does not take it.
 
     **The column** holds a string (LaTeX, with or without dollars; or a worked answer that ends in
     `#### 42` or has a `\boxed{...}`), or a number.
@@ -91,9 +97,12 @@ class Math(PooledVerifier):
         answers = _answers(text)
         if not answers or len(answers) > MOST_BOXES:
             return 0.0
-        right = _numeral(gold)
+        right = _number(gold)
         if right is not None and len(answers) == 1:
-            found = _numeral(answers[0]) or _numeral_at_end(answers[0])
+            found = _integer(answers[0])
+            if "\\" not in answers[0]:
+                found = final_number(text)  # plain words: what `Numeric` finds in them, or nothing
+                return float(found is not None and equal(found, right, 1e-6))
             if found is not None:
                 return float(equal(found, right))
         claims: list[str] = []
@@ -101,6 +110,9 @@ class Math(PooledVerifier):
             sides = _sides(answer, gold)
             if sides is None or (_HEDGE.search(answer) and not _HEDGE.search(gold)):
                 return 0.0
+            if not answer.startswith("\\boxed") and not _LIST.search(gold):
+                if _LIST.search(_last_formula(answer)):
+                    return 0.0
             claims += sides
         return Ask((gold, claims))
 
@@ -146,17 +158,17 @@ def _answers(text: str) -> list[str]:
     return [tail] if not _HEDGE.search(_last_formula(tail)) else []
 
 
-def _numeral(text: str) -> Number | None:
+def _number(gold: str) -> Number | None:
+    """Read a right answer that is a number: digits, signs and at most a fraction in LaTeX."""
+    if re.search("[A-Za-z%]", gold.replace("\\frac", "").replace("\\dfrac", "")):
+        return None
+    return read_number(gold, words=False)
+
+
+def _integer(text: str) -> Number | None:
     """Read a text that is nothing but an integer, in a box or not."""
     inner = text.removeprefix("\\boxed{").removeprefix("The answer is").strip("{} $.\n")
     return read_number(inner) if _INTEGER.fullmatch(inner) else None
-
-
-def _numeral_at_end(text: str) -> Number | None:
-    """Read the integer with which a text ends, if that is its answer."""
-    words = text.rsplit(None, 2)
-    last = _numeral(words[-1]) if len(words) == 3 and words[1].isalpha() else None
-    return final_number(text) if last is not None else None
 
 
 def _in_dollars(formula: str) -> str:

@@ -43,6 +43,16 @@ def _gold(text: str) -> tuple[Any, ...]:
     raise ValueError(f"math-verify cannot read the right answer {text!r:.200}")
 
 
-# Grammars and symbols are set up by their first use, which no item should have to pay for.
-if judge(r"\frac{1}{2}", [r"$\sqrt{4}/4$"]) != 1.0:
+# Grammars, and what SymPy imports late, are set up by their first use, which is not to be paid for
+# by an item, nor again in each new child of the worker's guard.
+for _right, _claim in (
+    ("(x+1)^2", r"\boxed{x^2+2x+1}"),
+    ("2x+2=4", r"\boxed{x+1=2}"),
+    ("1<x<2", r"\boxed{(1,2)}"),
+    (r"\sin(2x)", r"\boxed{2\sin(x)\cos(x)}"),
+    (r"\{1,2\}", r"\boxed{2,1}"),
+    (r"\frac{1}{2}", r"$\sqrt{4}/4$"),
+):
+    _verdict = judge(_right, [_claim])
+if _verdict != 1.0:
     raise RuntimeError("math-verify does not find that √4 / 4 is 1/2: its version is not supported")

@@ -47,15 +47,16 @@ _STARS = re.compile(r"(?<![0-9])\*\*|\*\*(?![0-9])")
 _WORD = re.compile(r"\s*(?:[A-Za-z]{1,12}\s*[=:]\s*)?\Z")
 _TOKEN = re.compile(
     rf"(?<![A-Za-z_0-9.^])(?:(?<![0-9)])[-+])?[{_CURRENCY}]?-?"
-    r"(?:[0-9]+\s(?=[0-9]+/))?(?:[0-9]|\.[0-9])[0-9.,]*(?:[eE][-+]?[0-9]+)?"
+    r"(?:[0-9]+\s(?=[0-9]+/))?(?:[0-9]|\.[0-9])(?:[0-9.,]*[0-9])?(?:[eE][-+]?[0-9]+)?"
     r"(?:\s?/\s?[0-9]+(?![0-9.]))?"
 )
-_LINKS = frozenset({*"-–—,;/|~&+*×^x", "and", "to"})
+_LINKS = frozenset({*"-–—,;/|~&+*×^x", "", "and", "to"})
 # What makes the last number of a text no answer: an operator, a bound, a doubt.
 _WRONG_BEFORE = re.compile(
     r"(?:(?<![<>])[<>]|[≤≥≠±^*/~|&+×\\]|[<>!]=|-|\\[A-Za-z]+|\b(?:not|n?or|least|most|than|n?either))\s?\Z",
     re.I,
 )
+_LINK = re.compile(r"\bn?or\b|^(?:[,;]|and)\s?[a-z]\s?=$")
 _PHRASE = re.compile(
     r"nswer(?:\s{1,4}(?:to|of|for|in)\b[^.:=\n]{0,80}?)?\s{0,4}(?:\*\*)?\s{0,4}(?:is|are|was|[:=])",
     re.I,
@@ -203,23 +204,21 @@ def _last(text: str) -> Number | None:
     if not tokens or (tokens[0].start() == 0 and start and text[start - 1] in "0123456789.,"):
         return None
     last = tokens[-1]
-    number = read_number(last[0].rstrip(".,"))
+    number = read_number(last[0])
     between = line[tokens[-2].end() if len(tokens) > 1 else 0 : last.start()]
     if number is None or _WRONG_BEFORE.search(between) or not _AFTER.match(line[last.end() :]):
         return None
     if len(tokens) > 1:
-        link = between.strip().lower()
-        if link in _LINKS or re.search(r"\bn?or\b", link):
+        link = between.strip(" \t$").lower()
+        if link in _LINKS or _LINK.search(link):
             return None
         before = line[: tokens[-2].start()].rstrip()[-1:]
-        if link == "=" and before not in tuple("+-*/×÷x)") and _same(tokens[-2][0], number):
-            return None  # "4 = 4" says nothing
+        if link == "=" and before not in tuple("+-*/×÷x)"):
+            left = read_number(tokens[-2][0])
+            # "4 = 4" says nothing and "5 = 4" says two things; "1/2 = 0.5" is fine.
+            if left is None or not equal(left, number) or tokens[-2][0] == last[0]:
+                return None
     return number
-
-
-def _same(token: str, number: Number) -> bool:
-    other = read_number(token.rstrip(".,"))
-    return other is not None and equal(other, number)
 
 
 def equal(a: Number, b: Number, absolute: float = 0.0, relative: float = 0.0) -> bool:
