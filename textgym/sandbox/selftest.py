@@ -37,7 +37,7 @@ def self_test(zygote: Zygote) -> Report:
 
 def _try_everything(zygote: Zygote) -> tuple[dict[str, str], set[str]]:
     # The path of a socket has at most 107 bytes.
-    near = tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 80 else "/tmp"
+    near = tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 80 else "/var/tmp"
     folder = Path(tempfile.mkdtemp(prefix="textgym-", dir=near))
     try:
         (folder / "secret").write_text("secret")
