@@ -176,6 +176,25 @@ def test_the_reference_cache_keeps_prompts_apart():
     assert values == [sacrebleu_score(t, r["references"]) for t, r in zip(texts, rows, strict=True)]
 
 
+def test_long_references_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr("textgym.rewards.bleu.CACHED_NGRAMS", 2000)
+    rng = random.Random(8)
+    reward = Bleu()
+    rows = [row(" ".join(f"w{rng.randrange(10_000)}" for _ in range(100))) for _ in range(50)]
+    rows.insert(25, row(" ".join(f"w{i}" for i in range(3000))))  # alone more than is kept
+    texts = [one["references"][:200] for one in rows]
+    expected = [
+        sacrebleu_score(text, [one["references"]]) for text, one in zip(texts, rows, strict=True)
+    ]
+    tracemalloc.start()
+    for _ in range(2):
+        values = [reward.begin(one).push(text) for text, one in zip(texts, rows, strict=True)]
+        assert values == expected
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 1_000_000  # bytes; all of them would take 6 million
+
+
 @pytest.mark.parametrize("references", [None, [], 3, ["a", None]])
 def test_bad_references_are_named(references):
     for reward in (Bleu(), Rouge()):

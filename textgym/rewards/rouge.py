@@ -34,7 +34,7 @@ class Rouge(Reward):
     """F-measure of n-grams or of the longest common subsequence: from 0 to 1.
 
     Cost: linear in the text for n-grams; text times reference, 64 words of it at a time, for the
-    longest common subsequence. It is never at fault of the text. As a corpus metric it is the mean.
+    longest common subsequence. Statuses: none. As a corpus metric it is the mean.
 
     Args:
         kind: `"rouge1"` to `"rouge9"` (n-grams), `"rougeL"` (longest common subsequence) or
