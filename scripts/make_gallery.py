@@ -30,14 +30,14 @@ TOKENS = 8  # of a picture
 BARS = " ▁▂▃▄▅▆▇█"
 INTRODUCTION = """# The rewards
 
-Written by `python scripts/make_gallery.py`, which measured on {machine}, {cores} cores, Python
-{python}, commit {commit}. What the names mean in code is in each docstring; how they are checked is
-in [conformance.md](conformance.md).
+Written by `python scripts/make_gallery.py`, which measured on {machine}, {cores} cores (shared),
+Python {python}, commit {commit}. The docstrings explain the arguments; how rewards are checked is in
+[conformance.md](conformance.md).
 
 - **µs a text**: CPU time of one thread to score the examples shown here, caches filled. Verifiers
   that ask a worker pool or the sandbox remember verdicts, so theirs is the cost of a text seen
   before; a new one costs a call of a worker.
-- **µs a token**: CPU time of a cursor for one more word of these texts; `–` where there is no
+- **µs a word**: CPU time of a cursor for one more word of these texts; `–` where there is no
   cursor and a dense schedule scores the whole text again.
 - **statuses**: what else than a value the examples and the hostile texts of `textgym check reward`
   met. What is at fault itself (`text: ...`) earns the worst value of the range.
@@ -140,24 +140,21 @@ def section(name: str, reward: Reward, report: Report, push_us: float | None) ->
         f"range [{reward.low:g}, {reward.high:g}]",
         f"columns of the examples: {', '.join(f'`{c}`' for c in columns) or 'none'}",
         f"{report.cost['cpu_us']:.3g} µs a text",
-        "no cursor" if push_us is None else f"cursor, {push_us:.3g} µs a token",
+        "no cursor" if push_us is None else f"cursor, {push_us:.3g} µs a word",
         f"statuses: {statuses(report)}",
     ]
-    lines += [" · ".join(facts), ""]
+    lines.append(" · ".join(facts))
     row = None
     for example in examples:
         if example.row != row:
             row = example.row
             given = ", ".join(f"`{n}`: {code(v, 160)}" for n, v in row.items())
-            lines += [
-                f"Given {given}:" if given else "Given nothing:",
-                "",
-                "| value | text |",
-                "|---|---|",
-            ]
+            first = f"Given {given}:" if given else "Given nothing:"
+            lines += ["", first, "", "| value | text |", "|---|---|"]
         lines.append(f"| {example.value:.4g} | {code(example.text, 120)} |")
     if examples and reward.per_text:
-        shown = examples[min(1, len(examples) - 1)]
+        between = [e for e in examples if reward.low < e.value < reward.high]
+        shown = (between or list(examples))[0]
         lines += ["", "```text", picture(reward, shown), "```"]
     elif examples:
         lines += ["", "It looks at the whole batch: the examples are scored together."]
@@ -203,10 +200,11 @@ def main(args: Args) -> None:
     """Measure and write."""
     about = described(("textgym",))
     head = INTRODUCTION.format(machine=about["processor"], **about)
-    table = ["| reward | range | µs a text | µs a token | statuses |", "|---|---|---|---|---|"]
+    table = ["| reward | range | µs a text | µs a word | statuses |", "|---|---|---|---|---|"]
     sections = []
     for name in args.names or REWARDS:
         reward = make_reward(name)
+        reward = reward.fitted([example.row for example in reward.examples()])
         report = check_reward(reward)
         push_us = push_cost(reward, reward.examples())
         pushed = "–" if push_us is None else f"{push_us:.3g}"

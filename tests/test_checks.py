@@ -388,3 +388,14 @@ def test_a_report_reads_as_text() -> None:
 def test_hostile_texts_are_many_and_different() -> None:
     assert len(HOSTILE) >= 60 and len(set(HOSTILE.values())) == len(HOSTILE)
     assert all(a != b for a, b in itertools.pairwise(HOSTILE))
+
+
+# ------------------------------------------------------------------------------- the gallery
+
+
+def test_the_gallery_lists_every_registered_reward(root: Path) -> None:
+    page = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
+    sections = [line[4:-1] for line in page.splitlines() if line.startswith("## `")]
+    assert sections == list(REWARDS), "write it anew: python scripts/make_gallery.py"
+    for name in REWARDS:
+        assert f"| [`{name}`](#{name.lower()}) |" in page

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -72,13 +71,16 @@ def make_policy(vocab_size: int, seed: int) -> CausalLMPolicy:
 
 
 def learn(
-    agent: str, policy: CausalLMPolicy, envs: TextGenVectorEnv, tokens: int, seed: int = 0
+    agent: str, policy: CausalLMPolicy, envs: TextGenVectorEnv, tokens: int, lr: float = 3e-3
 ) -> Result:
+    # As in test_diagnostics: small steps that end at 0, or a batch in which nearly every answer is
+    # right is whitened into noise.
     common: dict[str, Any] = {"episodes": envs.num_envs, "lr_final": 0.0, "eval_every": 0}
-    common |= {"ent_coef": 0.05, "seed": seed, "lr": 3e-3}
+    common |= {"seed": policy.seed, "lr": lr}
     if agent == "REINFORCE":
-        config = REINFORCEConfig(whiten=True, **common)
+        config = REINFORCEConfig(whiten=True, ent_coef=0.05, **common)
         return REINFORCE(policy, envs, config).learn(tokens, quiet=True)
+    common |= {"target_kl": 0.02, "max_grad_norm": 0.3, "vf_clip_coef": None, "ent_coef": 0.05}
     return PPO(policy, envs, PPOConfig(epochs=2, **common)).learn(tokens, quiet=True)
 
 
@@ -145,7 +147,7 @@ def test_five_seeds_with_faults_end_like_five_without(agent: str) -> None:
             faulty = FaultyReward(reward, seed=seed, timeout=0.6, **FAULTS)
             policy = make_policy(4, seed)
             envs = bandit(faulty if name == "with" else reward, 4, num_envs=256, length=3)
-            result = learn(agent, policy, envs, 60_000, seed)
+            result = learn(agent, policy, envs, 40_000, lr=1e-3)
             scores.append(score(policy, bandit(reward, 4, length=3)))
             if name == "with":
                 met += faulty.met
@@ -158,39 +160,6 @@ def test_five_seeds_with_faults_end_like_five_without(agent: str) -> None:
     assert min(final["without"]) > 0.9
     assert abs(np.mean(final["with"]) - np.mean(final["without"])) <= 3 * noise + 0.01
     assert 0.01 < unscored < 0.05 and len(met) == len(FAULTS)
-
-
-@pytest.mark.slow
-def test_the_embedded_model_learns_data_to_text_with_faults() -> None:
-    final: dict[str, list[float]] = {"before": [], "without": [], "with": []}
-    met: Counter[str] = Counter()
-    for seed in range(3):
-        for name in ("without", "with"):
-            faulty = FaultyReward("bleu", seed=seed, timeout=0.6, **FAULTS)
-            reward = faulty if name == "with" else "bleu"
-            make: Any = partial(
-                gym.make_vec,
-                "textgym/DataToText-v0",
-                64,
-                "vector_entry_point",
-                autoreset_mode="Disabled",
-            )
-            envs, test = make(reward=reward), make(split="test")
-            policy = CausalLMPolicy.from_pretrained("embedded", device="cpu", seed=seed)
-            if name == "without":
-                final["before"].append(score(policy, test))
-            config = REINFORCEConfig(
-                lr=5e-4, whiten=True, kl_coef=0.02, path="sequence", seed=seed, eval_every=0
-            )
-            REINFORCE(policy, envs, config).learn(60_000, quiet=True)
-            final[name].append(score(policy, test))
-            met += faulty.met
-    for name, scores in final.items():
-        print(f"\nDataToText-v0 {name}: {np.mean(scores):.4f} +- {np.std(scores, ddof=1):.4f}")
-    print(f"faults of three runs: {dict(met)}")
-    gain = np.mean(final["without"]) - np.mean(final["before"])
-    assert gain > 0.02
-    assert abs(np.mean(final["with"]) - np.mean(final["without"])) < 0.2 * gain
 
 
 SCORER = """
