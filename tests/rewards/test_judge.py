@@ -654,4 +654,4 @@ def test_a_missing_client_says_which_command_installs_it(monkeypatch):
     for name in ("httpx2", "httpx"):
         monkeypatch.setitem(sys.modules, name, None)
     scores = HTTPJudge("http://127.0.0.1:9/v1", "m", "r").evaluate(batch_of("a"))
-    assert "pip install httpx2" in scores.status[0]
+    assert "textgym[judge]" in scores.status[0]

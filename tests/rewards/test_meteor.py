@@ -161,7 +161,7 @@ def test_words_are_parted_as_meteor_does():
 
 
 def test_each_side_weighs_its_own_words():
-    """ "Year" is a function word and "yearly" is not; they have one stem."""
+    """'Year' is a function word and 'yearly' is not; they have one stem."""
     assert Meteor().best("yearly", ["year"]) == pytest.approx(
         [0.6 * 0.75, 0.6 * 0.25, 0.75, 0.25, 1, 0]
     )

@@ -1,4 +1,4 @@
-"""The seccomp filter, run by an interpreter of its own: what it says of each call, on both machines."""
+"""The seccomp filter, run by an interpreter of its own: what it says of each call."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def _http() -> ModuleType:
             return importlib.import_module(name)
         except ImportError:
             continue
-    raise ImportError("HTTPJudge needs an HTTP client, which is not installed: pip install httpx2")
+    raise ImportError('HTTPJudge needs an HTTP client: pip install "textgym[judge]"')
 
 
 def _address(url: str) -> str:
