@@ -31,8 +31,8 @@ BARS = " ▁▂▃▄▅▆▇█"
 INTRODUCTION = """# The rewards
 
 Written by `python scripts/make_gallery.py`, which measured on {machine}, {cores} cores (shared),
-Python {python}, commit {commit}. The docstrings explain the arguments; how rewards are checked is in
-[conformance.md](conformance.md).
+Python {python}, commit {commit}. The docstrings explain the arguments;
+[conformance.md](conformance.md) says how rewards are checked.
 
 - **µs a text**: CPU time of one thread to score the examples shown here, caches filled. Verifiers
   that ask a worker pool or the sandbox remember verdicts, so theirs is the cost of a text seen

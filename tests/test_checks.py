@@ -1,4 +1,4 @@
-"""The conformance kit: every registered reward passes, and every kind of broken one is found."""
+"""The conformance kit: every kind of broken reward is found, and nothing that it does stops it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,13 @@ import pytest
 from textgym.checks import CHECKS, HOSTILE, FaultyReward, Limits, Report, check_reward
 from textgym.checks.guard import guarded
 from textgym.cli import main
-from textgym.rewards import REWARDS, Bleu, ExactMatch, Example, Reward, TextBatch, as_reward, dense
+from textgym.rewards import Bleu, ExactMatch, Example, Reward, TextBatch, as_reward, dense
 from textgym.rewards.base import Cursor
 from textgym.rewards.errors import TextFailure
 
 ROWS = [{"answer": "four"}, {"answer": "five"}]
 ORACLE = [Example(row, row["answer"], 1.0) for row in ROWS]
 SHORT = Limits(cpu_seconds=0.1, wall_seconds=3.0)
-
-
-@pytest.mark.parametrize("name", REWARDS)
-def test_every_registered_reward_keeps_its_word(name: str) -> None:
-    report = check_reward(name)
-    assert report.ok, str(report)
-    assert report.check("examples").verdict == "pass"  # it has examples
 
 
 def right(text: str, answer: str) -> float:
@@ -388,14 +381,3 @@ def test_a_report_reads_as_text() -> None:
 def test_hostile_texts_are_many_and_different() -> None:
     assert len(HOSTILE) >= 60 and len(set(HOSTILE.values())) == len(HOSTILE)
     assert all(a != b for a, b in itertools.pairwise(HOSTILE))
-
-
-# ------------------------------------------------------------------------------- the gallery
-
-
-def test_the_gallery_lists_every_registered_reward(root: Path) -> None:
-    page = (root / "docs" / "rewards.md").read_text(encoding="utf-8")
-    sections = [line[4:-1] for line in page.splitlines() if line.startswith("## `")]
-    assert sections == list(REWARDS), "write it anew: python scripts/make_gallery.py"
-    for name in REWARDS:
-        assert f"| [`{name}`](#{name.lower()}) |" in page

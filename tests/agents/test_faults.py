@@ -147,7 +147,7 @@ def test_five_seeds_with_faults_end_like_five_without(agent: str) -> None:
             faulty = FaultyReward(reward, seed=seed, timeout=0.6, **FAULTS)
             policy = make_policy(4, seed)
             envs = bandit(faulty if name == "with" else reward, 4, num_envs=256, length=3)
-            result = learn(agent, policy, envs, 40_000, lr=1e-3)
+            result = learn(agent, policy, envs, 40_000, lr=1e-3 if agent == "PPO" else 3e-3)
             scores.append(score(policy, bandit(reward, 4, length=3)))
             if name == "with":
                 met += faulty.met
@@ -157,7 +157,7 @@ def test_five_seeds_with_faults_end_like_five_without(agent: str) -> None:
         print(f"\n{agent} {name} faults: {np.mean(scores):.4f} +- {np.std(scores, ddof=1):.4f}")
     print(f"faults of five runs: {dict(met)}; unscored {unscored:.2%}")
     noise = np.hypot(*(np.std(scores, ddof=1) for scores in final.values())) / np.sqrt(5)
-    assert min(final["without"]) > 0.9
+    assert min(final["without"]) > 0.9 and min(final["with"]) > 0.9
     assert abs(np.mean(final["with"]) - np.mean(final["without"])) <= 3 * noise + 0.01
     assert 0.01 < unscored < 0.05 and len(met) == len(FAULTS)
 
