@@ -181,8 +181,8 @@ def statuses(report: Report) -> str:
 
 def code(value: object, longest: int) -> str:
     """A value as Markdown code that fits into a table."""
-    text = shortened(repr(value), longest).replace("|", "\\|").replace("`", "'")
-    return f"`{text}`"
+    text = shortened(repr(value), longest).replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def others() -> list[str]:
