@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from textgym.rewards import TextBatch
-from textgym.rewards.verifiers import Numeric
+from textgym.rewards.verifiers import Numeric, numbers
 from textgym.rewards.verifiers.numbers import final_number, read_number
 from textgym.rewards.verifiers.numeric import gold_number
 
@@ -217,3 +217,24 @@ def test_verdicts_are_those_of_math_verify(shared):
             for text, (_, gold) in zip(texts, pairs, strict=True)
         ]
         assert score(texts, [gold for _, gold in pairs]).values.tolist() == theirs
+
+
+def test_plain_numbers_are_read_fast_as_they_are_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(1)
+    atoms = ["18", "1,250", "3.5", "-7", "$", ".", " ", "or", "dollars", "kg", "to", "\n", "12,34"]
+    atoms += ["1234567", "plus", "m", "%", "/", "x", "Times", "=", "e5"]
+    texts = ["".join(rng.choices(atoms, k=rng.randint(1, 6))) for _ in range(20_000)]
+    fast = [(numbers.read_number(text), numbers.final_number(text)) for text in texts]
+    hits = 0
+
+    def never(text: str) -> None:
+        nonlocal hits
+        hits += plain(text) is not None
+
+    plain = numbers._plain
+    monkeypatch.setattr(numbers, "_plain", never)
+    for text, found in zip(texts, fast, strict=True):
+        slow = numbers.read_number(text), numbers.final_number(text)
+        for a, b in zip(found, slow, strict=True):
+            assert (a is None) == (b is None) and (a is None or numbers.equal(a, b)), text
+    assert hits > 1000

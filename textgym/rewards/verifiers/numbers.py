@@ -16,7 +16,11 @@ MOST_DIGITS = 200
 LARGEST_EXPONENT = 300
 
 _CURRENCY = r"$€£¥₹"
-_PLAIN = re.compile(r"\s*\$?(-?[0-9]{1,18})\.?\s*\Z")
+_DOUBTS = "or|and|not|to|between|either|neither|least|most|than|nor|plus|minus|times|maybe"
+_PLAIN = re.compile(
+    r"\s*\$?(-?(?:[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5}))(?:\.([0-9]{1,18}))?"
+    rf"(?:\s(?!(?:{_DOUBTS})\b)[a-z]{{2,16}})?\.?\s*\Z"
+)
 _NUMBER = re.compile(
     rf"""
     (?P<sign>[-+]?)\s?[{_CURRENCY}]?\s?(?P<inner>[-+]?)
@@ -32,9 +36,7 @@ _BEFORE = re.compile(r"(?:[^-0-9<>≤≥≠±^*/~|&+\\]|-(?=\s?[A-Za-z]))*\Z")
 _AFTER = re.compile(
     r"(?:[^0-9<>≤≥≠±=^*/~|&+\\]|/(?=\s?[A-Za-z])|(?<=[A-Za-z])\^?[23](?![0-9.]))*\Z"
 )
-_HEDGE = re.compile(
-    r"\b(?:or|and|not|to|between|either|neither|least|most|than|nor|plus|minus|times|maybe)\b", re.I
-)
+_HEDGE = re.compile(rf"\b(?:{_DOUBTS})\b", re.I)
 _RELATION = re.compile(r"[<>≤≥≠±~|&]|\\(?:[gl](?:eq?|t)|neq?|pm|mp|in)\b")
 _FRACTION = re.compile(r"\\[dt]?frac\s?\{([0-9]+)\}\s?\{([0-9]+)\}")
 _GROUPS = re.compile(
@@ -75,9 +77,9 @@ def read_number(text: str, *, words: bool = True) -> Number | None:
     Returns:
         The number; None if it is none, if there are several, or if it is hedged.
     """
-    plain = _PLAIN.match(text)
+    plain = _plain(text)
     if plain is not None:
-        return int(plain[1]), 1
+        return plain
     if len(text) > LONGEST_REGION + MOST_DIGITS:
         return None
     text = _clean(text)
@@ -113,9 +115,9 @@ def final_number(text: str) -> Number | None:
     "3 or 4" is none.
     """
     if len(text) < 24:  # often there is nothing but the number
-        plain = _PLAIN.match(text)
+        plain = _plain(text)
         if plain is not None:
-            return int(plain[1]), 1
+            return plain
     mark = text.rfind("####")
     if mark >= 0:
         marked, found = _marked(text, mark)
@@ -156,9 +158,9 @@ def _marked(text: str, mark: int) -> tuple[bool, Number | None]:
     found: list[Number | None] = []
     for _ in range(32):
         region = _line(text, mark + 4)
-        plain = _PLAIN.match(region)
+        plain = _plain(region)
         if plain is not None:
-            found.append((int(plain[1]), 1))
+            found.append(plain)
         else:
             start = _START.search(_clean(region))
             if start is not None and _WORD.match(_clean(region), 0, start.start()):
@@ -233,6 +235,17 @@ def equal(a: Number, b: Number, absolute: float = 0.0, relative: float = 0.0) ->
         return difference / scale <= max(absolute, relative * abs(b[0] / b[1]))
     except OverflowError:
         return False
+
+
+def _plain(text: str) -> Number | None:
+    """Read what most answers are, ten times as fast: digits, perhaps a point and a unit."""
+    match = _PLAIN.match(text)
+    if match is None:
+        return None
+    whole, part = match.groups()
+    if "," in whole:
+        whole = whole.replace(",", "")
+    return (int(whole), 1) if part is None else (int(whole + part), 10 ** len(part))
 
 
 def _value(match: re.Match[str]) -> Number | None:
