@@ -187,7 +187,12 @@ def hostile_to(text: str) -> float:
     return 0.0
 
 
-def test_hanging_crashing_and_exiting_are_told_apart_and_nothing_is_left() -> None:
+def test_hanging_crashing_and_exiting_are_told_apart_and_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    children: list[int] = []
+    fork = os.fork
+    monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
     began = time.monotonic()
     report = check_reward(hostile_to, limits=SHORT, skip={"cost"})
     assert time.monotonic() - began < 30.0
@@ -202,8 +207,10 @@ def test_hanging_crashing_and_exiting_are_told_apart_and_nothing_is_left() -> No
     ):
         assert said in failure.detail
     assert "text: complex" in report.statuses
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)  # no child is left
+    assert len(children) == 4  # one, and another after each of three that were lost
+    for child in children:
+        with pytest.raises(ChildProcessError):  # waited for
+            os.waitpid(child, os.WNOHANG)
 
 
 def test_a_reward_that_hangs_on_everything_is_reported() -> None:

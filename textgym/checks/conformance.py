@@ -20,7 +20,6 @@ from textgym.checks.verdicts import EMPTY, GARBAGE, Verdicts
 from textgym.rewards.base import Example, Reward
 from textgym.rewards.functions import as_reward
 
-HOSTILE_ROWS = 2  # of the examples, that hostile texts answer
 HOSTILE_DENSE = 2000  # characters of them that cursors get
 CHECKS = (
     "columns",
@@ -122,14 +121,12 @@ def _jobs(
         "cost": partial(probes.cost, reward, known),
         "other answers": partial(probes.scored, reward, texts[1:] + texts[:1], rows),
     }
-    different = list({repr(row): row for row in rows}.values())
     for i, example in enumerate(known):
         jobs["cursor", i] = partial(probes.cursor_errors, reward, example, tolerance)
     for text in (*EMPTY, *GARBAGE):
         jobs["nonsense", text] = partial(probes.scored, reward, [text] * len(rows), rows)
     for name, text in HOSTILE.items():
-        for i, row in enumerate(different[:HOSTILE_ROWS]):
-            jobs["hostile", name, i] = partial(probes.scored, reward, [text], [row])
+        jobs["hostile", name] = partial(probes.scored, reward, [text], rows[:1])
         short = text[:HOSTILE_DENSE]
         jobs["hostile cursor", name] = partial(probes.hostile_cursor, reward, rows[0], short)
     return {

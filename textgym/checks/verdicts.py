@@ -164,7 +164,7 @@ class Verdicts:
     def _hostile(self) -> Check:
         tried = self._of("hostile")
         unscored: dict[str, list[str]] = {}  # names of texts by what became of them
-        for (name, _), outcome in tried.items():
+        for (name,), outcome in tried.items():
             if outcome.status != "ok":
                 self.statuses.add(outcome.status)
                 unscored.setdefault(f"{outcome.status} ({outcome.detail})", []).append(name)
@@ -187,7 +187,7 @@ class Verdicts:
             return Check("hostile paid", "skip", "the hostile texts are skipped")
         paid = [
             name
-            for (name, _), outcome in self._of("hostile").items()
+            for (name,), outcome in self._of("hostile").items()
             if outcome.status == "ok" and outcome.value["values"][0] > self.half
         ]
         detail = f"{len(set(paid))} texts earn over half" + (f": {_names(paid)}" if paid else "")
