@@ -18,8 +18,7 @@ from typing import Any
 
 import math_verify
 
-from textgym.rewards import TextBatch
-from textgym.rewards.verifiers import Numeric
+from textgym.rewards import Numeric, TextBatch
 
 TARGET = 100.0
 SENTENCES = (

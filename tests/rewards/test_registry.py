@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import textgym.rewards
 from textgym.rewards import (
     REWARDS,
     Bleu,
@@ -46,6 +47,14 @@ def test_every_name_makes_a_reward_of_that_name(name):
         batch = TextBatch.from_texts([e.text for e in examples], [e.row for e in examples])
     status = reward.fitted(batch.rows).evaluate(batch, strict=True).status
     assert status == [None] * len(batch)
+
+
+def test_what_is_registered_is_exported():
+    kinds = {type(make_reward(name)).__name__ for name in REWARDS} - {"ThinkAnswer"}
+    assert kinds | {"think_answer", "Pattern", "TagFormat", "HTTPJudge"} <= set(
+        textgym.rewards.__all__
+    )
+    assert all(hasattr(textgym.rewards, name) for name in textgym.rewards.__all__)
 
 
 @pytest.mark.parametrize(
