@@ -58,7 +58,7 @@ def test_an_answer_at_which_the_scorer_fails_gets_the_worst():
     texts = ["garbage", f"<answer>{prompts[0]['answer']}</answer>", "9" * 20_001, ""]
     scores = reward.evaluate(TextBatch.from_texts(texts, [prompts[0]] * 4))
     assert scores.values.tolist() == [0.0, 1.0, 0.0, 0.0]
-    assert scores.status == ["text: scorer: ValueError", None, "text: long", None]
+    assert scores.status == ["text: scorer: ValueError", None, "text: too long", None]
 
 
 def test_where_the_answer_is():

@@ -33,7 +33,7 @@ class Chrf(Reward):
     """Character n-gram F-score (chrF2) against the best reference, over 100: from 0 to 1.
 
     With `word_order=2` it is chrF++, and its name is `chrfpp`. Columns: `references`, a string or a
-    list of strings. Status codes: none. Cost: linear in the text; a cursor costs `char_order`
+    list of strings. Statuses: none. Cost: linear in the text; a cursor costs `char_order`
     look-ups a character.
 
     Args:

@@ -40,7 +40,7 @@ class Cider(Reward):
 
     It needs the document frequencies of the training references: `Cider.from_references(lists)`,
     `Cider.load(path)`, or `Cider()` in a task, which counts them over the training split of its
-    prompts (`fitted`). Columns: `references`, a string or a list of strings. Status codes: none.
+    prompts (`fitted`). Columns: `references`, a string or a list of strings. Statuses: none.
     Cost: linear in the text and in the number of references; a cursor costs four look-ups a word.
 
     Args:

@@ -38,7 +38,7 @@ class Distinct(Reward):
 
     Li et al. 2016 ("A diversity-promoting objective function for neural conversation models"), for
     one text; 0 for a text without n-grams. It falls with length and is 1 for a single word: a
-    term beside a measure of content, or a metric. Columns, status codes: none. Cost: linear in
+    term beside a measure of content, or a metric. Columns, statuses: none. Cost: linear in
     the text; a cursor costs one look-up a word.
 
     Args:
@@ -79,7 +79,7 @@ class Repetition(Reward):
         r = −(1 − different n-grams / n-grams)
 
     That is minus seq-rep-n of Welleck et al. 2020 ("Neural text generation with unlikelihood
-    training"), over words; 0 for a text of fewer than n words. Columns, status codes: none. Cost:
+    training"), over words; 0 for a text of fewer than n words. Columns, statuses: none. Cost:
     linear in the text; a cursor costs one look-up a word.
 
     Args:
@@ -171,7 +171,7 @@ class SelfBleu(Reward):
     batch gets 0. Score whole groups with it, as in the reward function of a group-based learner or
     in an evaluation: an environment scores responses as they finish, seldom a whole group at once.
 
-    Columns: none; prompts are told apart by what they say. Status codes: none. Cost: quadratic in
+    Columns: none; prompts are told apart by what they say. Statuses: none. Cost: quadratic in
     the size of the group; there is no cursor.
 
     Args:

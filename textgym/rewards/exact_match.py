@@ -14,7 +14,7 @@ from textgym.rewards.token_f1 import squad_words
 class ExactMatch(Reward):
     """1 if the response is one of the references, else 0; space around either is ignored.
 
-    Columns: `references`, a string or a number, or a list of them. Status codes: none. Cost: linear
+    Columns: `references`, a string or a number, or a list of them. Statuses: none. Cost: linear
     in the text.
 
     Args:

@@ -89,7 +89,7 @@ class LengthWindow(Reward):
 
         r = max(0, 1 − d / span),   d = max(0, shortest − n, n − longest)
 
-    Columns, status codes: none. Cost: none to speak of.
+    Columns, statuses: none. Cost: none to speak of.
 
     Args:
         shortest: The least length that earns 1.

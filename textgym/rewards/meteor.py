@@ -59,7 +59,7 @@ class Meteor(Reward):
     (α = 0.9, β = 3, γ = 0.5, Porter stemmer, no function words). Both split texts with
     `caption_words`; 1.5 then parts hyphens and apostrophes, as it does itself.
 
-    Columns: `references`, a string or a list of strings. Status codes: none. Cost: about a
+    Columns: `references`, a string or a list of strings. Statuses: none. Cost: about a
     millisecond a reference of 25 words; there is no cursor (one more word can change the whole
     alignment), so that `dense` scores the whole text anew after every token.
 

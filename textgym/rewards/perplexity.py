@@ -23,7 +23,7 @@ class InversePerplexity(ReferenceLogProb):
     no value) to a response without a token. `corpus` takes all tokens together, as the perplexity
     of a corpus does.
 
-    Columns, status codes: none. Cost: a forward of the model over prompt and response.
+    Columns, statuses: none. Cost: a forward of the model over prompt and response.
 
     Args:
         source: As for `ReferenceLogProb`, and so are the others.

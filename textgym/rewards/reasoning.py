@@ -15,9 +15,8 @@ import numpy as np
 
 from textgym.prompts import Prompts
 from textgym.rewards.base import Example
-from textgym.rewards.errors import TextFailure
 from textgym.rewards.reasoning_guard import vet
-from textgym.rewards.verifiers.base import Ask, PooledVerifier
+from textgym.rewards.verifiers.base import Ask, PooledVerifier, check_length
 
 LONGEST_ANSWER = 20_000
 # These walk over sets of strings, so their entries depend on Python's hash seed (0.1.25).
@@ -40,8 +39,8 @@ class ReasoningGym(PooledVerifier):
     integrations the question written back as an `Integral`.
 
     Columns: `entry`, as `reasoning_gym_task` writes it. Cost: one call of the scorer; a worker
-    starts in seconds. Statuses: `"text: long"` (over 20,000 characters), `"text: timeout"`,
-    `"text: memory"`, `"text: recursion"`, `"text: scorer: <exception>"`.
+    starts in seconds. Statuses of what could not be judged: `too long` (over 20,000 characters),
+    `timeout`, `memory`, `recursion`, `crash`, `killed`, `scorer: <exception>`.
 
     Args:
         dataset: The name of the dataset.
@@ -80,8 +79,7 @@ class ReasoningGym(PooledVerifier):
         answer = answer_of(text, self.answer_in)
         if not answer:
             return 0.0
-        if len(answer) > LONGEST_ANSWER:
-            raise TextFailure("long")
+        check_length(answer, LONGEST_ANSWER)
         return Ask((self.dataset, self.config, row["entry"], answer))
 
     def examples(self) -> tuple[Example, ...]:

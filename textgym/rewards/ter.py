@@ -33,7 +33,7 @@ class Ter(Reward):
     `low`: by default −1, two edits a reference word. A text so long that its deletions alone cost
     that much is not aligned at all. `corpus` is 1 − TER as well, and has no lower end.
 
-    Columns: `references`, a string or a list of strings. Status codes: none. Cost: words of the
+    Columns: `references`, a string or a list of strings. Statuses: none. Cost: words of the
     text times words of the reference, times the shifts that are tried; there is no cursor (one more
     word can undo every shift), so that `dense` scores the whole text anew after every token.
 

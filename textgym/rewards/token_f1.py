@@ -35,7 +35,7 @@ class TokenF1(Reward):
 
     Words are compared as a bag, after SQuAD's normalisation (`squad_words`). Of a reference without
     words (an article, punctuation, nothing) the F1 is 1 if the text has none either, else 0, as in
-    SQuAD 2.0. Columns: `references`, a string or a list of strings. Status codes: none. Cost:
+    SQuAD 2.0. Columns: `references`, a string or a list of strings. Statuses: none. Cost:
     linear in the text; a cursor costs a look-up a word and reference.
 
     Args:

@@ -17,8 +17,8 @@ class Json(Verifier):
     **Refuses** what Python's parser lets pass: NaN, Infinity, numbers that overflow or have more
     than 400 digits, keys that come twice, nesting deeper than 64.
 
-    **Range** 0 or 1. **Cost** linear in the text. **Statuses** of what could not be judged: `long`
-    (more than 100,000 characters).
+    **Range** 0 or 1. **Cost** linear in the text. **Statuses** of what could not be judged:
+    `too long` (more than 100,000 characters).
     """
 
     judges_content = False
@@ -56,8 +56,8 @@ class JsonSchema(PooledVerifier):
 
     **Range** 0 or 1. **Cost** linear in the text, and in a worker what the schema costs: about 100
     microseconds; at most `cpu_seconds`. **Statuses** of what could not be judged: `too long` (over
-    100,000 characters), `timeout`, `memory`, `recursion`, `crash`, `overflow` (a number is too
-    large for the schema's arithmetic).
+    100,000 characters), `timeout`, `memory`, `recursion`, `crash`, `killed`, `overflow` (a
+    number is too large for the schema's arithmetic).
 
     Args:
         schema: The schema; None to read it from the column.

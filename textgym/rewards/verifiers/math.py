@@ -54,7 +54,8 @@ class Math(PooledVerifier):
 
     **Range** 0 or 1. **Cost** microseconds for integers, else about a millisecond in a worker; at
     most `cpu_seconds`. **Statuses** of what could not be judged: `too long` (more than 20,000
-    characters), `timeout`, `memory`, `recursion`, `crash`, `unparsable` (math-verify failed).
+    characters), `timeout`, `memory`, `recursion`, `crash`, `killed`, `unparsable` (math-verify
+    failed).
 
     Args:
         column: The column of the answer.

@@ -20,8 +20,8 @@ class Pattern(Verifier):
 
     **The column**, if one is named, holds the expression of its row.
 
-    **Range** 0 or 1. **Cost** linear in the text. **Statuses** of what could not be judged: `long`
-    (more than 1,000,000 characters). Lone surrogates are read as U+FFFD.
+    **Range** 0 or 1. **Cost** linear in the text. **Statuses** of what could not be judged:
+    `too long` (more than 1,000,000 characters). Lone surrogates are read as U+FFFD.
 
     Args:
         pattern: The expression; None to read it from the column.
