@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,16 @@ class TextBatch:
             if name not in row:
                 raise missing_column("a reward", name, row)
         return [row[name] for row in self.rows]
+
+    def each(self, value: Callable[[str, Mapping[str, Any]], Any]) -> list[Any]:
+        """Give `value(text, row)` of each text; what it raises is the item of its text alone."""
+        items: list[Any] = []
+        for text, row in zip(self.texts, self.rows, strict=True):
+            try:
+                items.append(value(text, row))
+            except Exception as error:
+                items.append(error)
+        return items
 
     def take(self, indices: Iterable[int]) -> TextBatch:
         """Give the batch of the texts at `indices`, in that order."""

@@ -10,23 +10,22 @@ import functools
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, Cursor, Example, FloatArray, Reward, is_number
+from textgym.rewards.base import Corpus, Cursor, Example, FloatArray, is_number
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.bleu_counts import BleuCursor, Count, Target
 from textgym.rewards.bleu_formula import SMOOTHING, Formula, brevity_penalty
 from textgym.rewards.bleu_words import STEPWISE, Splitter, make_tokenizer, splitter
-from textgym.rewards.errors import check_column
-from textgym.rewards.references import references_of
+from textgym.rewards.references import ReferenceReward
 
 CACHED_NGRAMS = 400_000  # some 70 MB
 
 
-class Bleu(Reward):
+class Bleu(ReferenceReward):
     """Sentence BLEU over 100: from 0 to 1. As a corpus metric it is corpus BLEU over 100.
 
     Cost: linear in the text; a cursor takes a few microseconds a token. Statuses: none. There are
@@ -52,7 +51,6 @@ class Bleu(Reward):
         FileNotFoundError: If the tokenizer needs a model that is not there.
     """
 
-    reads_only = True
     transient = ("splitter", "target")
 
     def __init__(
@@ -75,10 +73,6 @@ class Bleu(Reward):
         value = _smooth_value(smooth_method, smooth_value)
         self.formula = Formula(max_order, effective_order, smooth_method, value)
 
-    def check(self, columns: Collection[str]) -> None:
-        """Check that the references are there."""
-        check_column(f"reward {self.name!r}", self.column, columns)
-
     @functools.cached_property
     def splitter(self) -> Splitter:
         """Give what splits texts into words."""
@@ -95,15 +89,9 @@ class Bleu(Reward):
             return None
         return BleuCursor(self._target(row), self.formula, self.splitter)
 
-    def score(self, batch: TextBatch) -> list[Any]:
-        """Score each text."""
-        values: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                values.append(self._count(text, row).value(self.formula))
-            except Exception as error:
-                values.append(error)
-        return values
+    def value(self, text: str, row: Mapping[str, Any]) -> float:
+        """Score one text."""
+        return self._count(text, row).value(self.formula)
 
     def corpus(self, batch: TextBatch) -> Corpus:
         """Give corpus BLEU; its statistics are those of sacrebleu, in its order.
@@ -151,7 +139,7 @@ class Bleu(Reward):
         )
 
     def _target(self, row: Mapping[str, Any]) -> Target:
-        return self.target(references_of(row, self.column, f"reward {self.name!r}"))
+        return self.target(self.references(row))
 
     def _count(self, text: str, row: Mapping[str, Any]) -> Count:
         count = Count(self._target(row))

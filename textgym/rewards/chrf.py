@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, Cursor, Example, FloatArray, Reward
+from textgym.rewards.base import Corpus, Cursor, Example, FloatArray
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.errors import check_column
-from textgym.rewards.references import references_of
+from textgym.rewards.references import ReferenceReward
 from textgym.rewards.words import GrowingText
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ CACHED_PROMPTS = 1024
 Symbols = str | tuple[str, ...]
 
 
-class Chrf(Reward):
+class Chrf(ReferenceReward):
     """Character n-gram F-score (chrF2) against the best reference, over 100: from 0 to 1.
 
     With `word_order=2` it is chrF++, and its name is `chrfpp`. Columns: `references`, a string or a
@@ -50,7 +49,6 @@ class Chrf(Reward):
         ValueError: If an order is negative, or no n-gram is left.
     """
 
-    reads_only = True
     transient = ("metric", "targets")
 
     def __init__(
@@ -73,10 +71,6 @@ class Chrf(Reward):
         self.column, self.lowercase, self.whitespace = column, lowercase, whitespace
         self.char_order, self.word_order, self.beta = char_order, word_order, beta
         self.eps_smoothing = eps_smoothing
-
-    def check(self, columns: Collection[str]) -> None:
-        """Check that the references are there."""
-        check_column(f"reward {self.name!r}", self.column, columns)
 
     @functools.cached_property
     def metric(self) -> Callable[[tuple[str, ...]], CHRF]:
@@ -105,24 +99,18 @@ class Chrf(Reward):
 
     def begin(self, row: Mapping[str, Any]) -> Cursor:
         """Begin a cursor."""
-        return ChrfCursor(self.targets(references_of(row, self.column, f"reward {self.name!r}")))
+        return ChrfCursor(self.targets(self.references(row)))
 
-    def score(self, batch: TextBatch) -> list[Any]:
-        """Score each text with sacrebleu."""
-        values: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                references = references_of(row, self.column, f"reward {self.name!r}")
-                values.append(self.metric(references).corpus_score([text], None).score / 100.0)
-            except Exception as error:
-                values.append(error)
-        return values
+    def value(self, text: str, row: Mapping[str, Any]) -> float:
+        """Score one text with sacrebleu."""
+        metric = self.metric(self.references(row))
+        return float(metric.corpus_score([text], None).score / 100.0)
 
     def corpus(self, batch: TextBatch) -> Corpus:
         """Give sacrebleu's `corpus_score` over 100, from the counts of each text."""
         statistics = np.zeros((len(batch), 3 * (self.char_order + self.word_order)))
         for i, (text, row) in enumerate(zip(batch.texts, batch.rows, strict=True)):
-            metric = self.metric(references_of(row, self.column, f"reward {self.name!r}"))
+            metric = self.metric(self.references(row))
             statistics[i] = metric._extract_corpus_statistics([text], None)[0]
         formula = self.metric(("",))._compute_f_score
 

@@ -20,22 +20,21 @@ import functools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from textgym.rewards.base import Cursor, Example, Reward
+from textgym.rewards.base import Cursor, Example
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.errors import check_column
 from textgym.rewards.frequencies import ORDER, Frequencies, Gram, Words, grams_of, splitter
-from textgym.rewards.references import references_of
+from textgym.rewards.references import ReferenceReward
 from textgym.rewards.words import GrowingText
 
 CACHED_PROMPTS = 1024
 SIGMA = 6.0
 
 
-class Cider(Reward):
+class Cider(ReferenceReward):
     """CIDEr-D against all references, from 0 to 10.
 
     It needs the document frequencies of the training references: `Cider.from_references(lists)`,
@@ -52,7 +51,6 @@ class Cider(Reward):
         ValueError: If the frequencies were counted over other words.
     """
 
-    reads_only = True
     high = 10.0
     transient = ("last_fit", "targets")
 
@@ -93,8 +91,7 @@ class Cider(Reward):
         if self.frequencies is not None:
             return self
         if not self.last_fit or self.last_fit[0] is not rows:  # tasks of one table count once
-            asker = f"reward {self.name!r}"
-            references = [references_of(row, self.column, asker) for row in rows]
+            references = [self.references(row) for row in rows]
             frequencies = Frequencies.count(references, self.words)
             self.last_fit[:] = rows, type(self)(frequencies, self.column).named(self.name)
         fitted: Cider = self.last_fit[1]
@@ -119,10 +116,6 @@ class Cider(Reward):
             )
         return self.frequencies
 
-    def check(self, columns: Collection[str]) -> None:
-        """Check that the references are there."""
-        check_column(f"reward {self.name!r}", self.column, columns)
-
     @functools.cached_property
     def targets(self) -> Callable[[tuple[str, ...]], list[Target]]:
         """Give the tf-idf vectors of a tuple of references."""
@@ -133,18 +126,8 @@ class Cider(Reward):
 
     def begin(self, row: Mapping[str, Any]) -> Cursor:
         """Begin a cursor."""
-        references = references_of(row, self.column, f"reward {self.name!r}")
+        references = self.references(row)
         return CiderCursor(self.targets(references), self._frequencies(), splitter(self.words))
-
-    def score(self, batch: TextBatch) -> list[Any]:
-        """Score each text."""
-        values: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                values.append(self.begin(row).push(text))
-            except Exception as error:
-                values.append(error)
-        return values
 
     def examples(self) -> tuple[Example, ...]:
         """Give a copy of the reference, a text near it, and one of none of its words.

@@ -20,16 +20,15 @@ before the fit: 51 of the 60 scores equal, the others within 0.013.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, Example, FloatArray, Reward
+from textgym.rewards.base import Corpus, Example, FloatArray
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.errors import check_column
 from textgym.rewards.meteor_alignment import Match, align
-from textgym.rewards.references import references_of
+from textgym.rewards.references import ReferenceReward
 from textgym.rewards.words import caption_words
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
@@ -50,7 +49,7 @@ FUNCTION_WORDS = frozenset(
 )
 
 
-class Meteor(Reward):
+class Meteor(ReferenceReward):
     """METEOR against the best reference, exact and stem stages, and synonyms on request: 0 to 1.
 
     Versions, which are different metrics: `"1.5"` (the default; the one that papers on captions and
@@ -73,7 +72,6 @@ class Meteor(Reward):
         LookupError: If synonyms are asked for and WordNet is not there.
     """
 
-    reads_only = True
     transient = ("senses", "stem", "wordnet")
 
     def __init__(
@@ -89,10 +87,6 @@ class Meteor(Reward):
         self.column, self.version, self.synonyms = column, version, synonyms
         if synonyms:
             load_wordnet()
-
-    def check(self, columns: Collection[str]) -> None:
-        """Check that the references are there."""
-        check_column(f"reward {self.name!r}", self.column, columns)
 
     @functools.cached_property
     def stem(self) -> Callable[[str], str]:
@@ -113,19 +107,12 @@ class Meteor(Reward):
         """Give what knows synonyms: nltk's WordNet, or nothing."""
         return load_wordnet() if self.synonyms else NoWordNet()
 
-    def score(self, batch: TextBatch) -> list[Any]:
-        """Score each text against its best reference."""
-        values: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                references = references_of(row, self.column, f"reward {self.name!r}")
-                if self.version == "nltk":
-                    values.append(self._nltk(text, references))
-                else:
-                    values.append(float(formula(self.best(text, references))))
-            except Exception as error:
-                values.append(error)
-        return values
+    def value(self, text: str, row: Mapping[str, Any]) -> float:
+        """Score one text against its best reference."""
+        references = self.references(row)
+        if self.version == "nltk":
+            return self._nltk(text, references)
+        return float(formula(self.best(text, references)))
 
     def _nltk(self, text: str, references: Sequence[str]) -> float:
         from nltk.translate.meteor_score import meteor_score
@@ -159,11 +146,8 @@ class Meteor(Reward):
         """Give METEOR of the sums of all texts' counts; of version nltk the mean of the values."""
         if self.version == "nltk":
             return super().corpus(batch)
-        asker = f"reward {self.name!r}"
         pairs = zip(batch.texts, batch.rows, strict=True)
-        statistics = [
-            self.best(text, references_of(row, self.column, asker)) for text, row in pairs
-        ]
+        statistics = [self.best(text, self.references(row)) for text, row in pairs]
         return Corpus(np.array(statistics).reshape(-1, 6), formula)
 
     def examples(self) -> tuple[Example, ...]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from textgym.rewards.base import Example, Reward
-from textgym.rewards.batch import TextBatch
-from textgym.rewards.errors import check_column
-from textgym.rewards.references import references_of
+from textgym.rewards.base import Example
+from textgym.rewards.references import ReferenceReward
 from textgym.rewards.rouge_counts import (
     GramCursor,
     GramTarget,
@@ -30,7 +28,7 @@ CACHED_PROMPTS = 1024
 CACHED_WORDS = 1 << 15
 
 
-class Rouge(Reward):
+class Rouge(ReferenceReward):
     """F-measure of n-grams or of the longest common subsequence: from 0 to 1.
 
     Cost: linear in the text for n-grams; text times reference, 64 words of it at a time, for the
@@ -47,7 +45,6 @@ class Rouge(Reward):
         ValueError: If an option is none of those.
     """
 
-    reads_only = True
     transient = ("split", "target")
 
     def __init__(
@@ -66,10 +63,6 @@ class Rouge(Reward):
             raise ValueError(f"aggregate must be 'best' or 'mean', got {aggregate!r}")
         self.name = self.kind = kind
         self.column, self.use_stemmer, self.aggregate = column, use_stemmer, aggregate
-
-    def check(self, columns: Collection[str]) -> None:
-        """Check that the references are there."""
-        check_column(f"reward {self.name!r}", self.column, columns)
 
     @functools.cached_property
     def split(self) -> Callable[[str], Words]:
@@ -100,23 +93,13 @@ class Rouge(Reward):
 
     def begin(self, row: Mapping[str, Any]) -> RougeCursor:
         """Begin a cursor."""
-        target = self.target(references_of(row, self.column, f"reward {self.name!r}"))
+        target = self.target(self.references(row))
         mean = self.aggregate == "mean"
         if isinstance(target, LsumTarget):
             return LsumCursor(target, self.split, mean)
         if isinstance(target, LcsTarget):
             return LcsCursor(target, self.split, mean)
         return GramCursor(target, self.split, mean)
-
-    def score(self, batch: TextBatch) -> list[Any]:
-        """Score each text."""
-        values: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                values.append(self.begin(row).push(text))
-            except Exception as error:
-                values.append(error)
-        return values
 
     def examples(self) -> tuple[Example, ...]:
         """Give a perfect text, one that leaves out words, and one of other words."""

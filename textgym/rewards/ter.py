@@ -8,15 +8,14 @@ the length of the references in words.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, Example, FloatArray, Reward
+from textgym.rewards.base import Corpus, Example, FloatArray
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.errors import check_column
-from textgym.rewards.references import references_of
+from textgym.rewards.references import ReferenceReward
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.ter import TER
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 CACHED_PROMPTS = 1024
 
 
-class Ter(Reward):
+class Ter(ReferenceReward):
     """1 − TER, but no less than `low`: 1 where nothing is to be edited.
 
         r = max(low, 1 − edits / mean reference length)
@@ -49,7 +48,6 @@ class Ter(Reward):
         ValueError: If `low` is not finite, or not below 1.
     """
 
-    reads_only = True
     transient = ("metric",)
 
     def __init__(
@@ -69,10 +67,6 @@ class Ter(Reward):
         self.normalized, self.no_punct = normalized, no_punct
         self.asian_support, self.case_sensitive = asian_support, case_sensitive
 
-    def check(self, columns: Collection[str]) -> None:
-        """Check that the references are there."""
-        check_column(f"reward {self.name!r}", self.column, columns)
-
     @functools.cached_property
     def metric(self) -> Callable[[tuple[str, ...]], TER]:
         """Give sacrebleu's metric for a tuple of references, split into words once."""
@@ -89,20 +83,12 @@ class Ter(Reward):
 
         return functools.lru_cache(CACHED_PROMPTS)(make)
 
-    def score(self, batch: TextBatch) -> list[Any]:
-        """Score each text with sacrebleu."""
-        values: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                metric = self.metric(references_of(row, self.column, f"reward {self.name!r}"))
-                if self._hopeless(text, metric):
-                    values.append(self.low)
-                    continue
-                rate = metric.corpus_score([text], None).score / 100.0
-                values.append(max(self.low, 1.0 - rate))
-            except Exception as error:
-                values.append(error)
-        return values
+    def value(self, text: str, row: Mapping[str, Any]) -> float:
+        """Score one text with sacrebleu."""
+        metric = self.metric(self.references(row))
+        if self._hopeless(text, metric):
+            return self.low
+        return max(self.low, 1.0 - float(metric.corpus_score([text], None).score) / 100.0)
 
     def _hopeless(self, text: str, metric: TER) -> bool:
         """Tell whether the text's surplus of words alone gives it the worst value."""
@@ -117,7 +103,7 @@ class Ter(Reward):
         """Give 1 − sacrebleu's `corpus_score` over 100, from edits and lengths of each text."""
         statistics = np.zeros((len(batch), 2))
         for i, (text, row) in enumerate(zip(batch.texts, batch.rows, strict=True)):
-            metric = self.metric(references_of(row, self.column, f"reward {self.name!r}"))
+            metric = self.metric(self.references(row))
             statistics[i] = metric._extract_corpus_statistics([text], None)[0]
 
         def score(sums: FloatArray) -> FloatArray:

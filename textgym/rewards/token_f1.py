@@ -6,13 +6,11 @@ import functools
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from textgym.rewards.base import Cursor, Example, Reward
-from textgym.rewards.batch import TextBatch
-from textgym.rewards.errors import check_column
-from textgym.rewards.references import references_of
+from textgym.rewards.base import Cursor, Example
+from textgym.rewards.references import ReferenceReward
 from textgym.rewards.words import GrowingText
 
 CACHED_PROMPTS = 1024
@@ -30,7 +28,7 @@ def squad_words(text: str) -> list[str]:
     return _ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-class TokenF1(Reward):
+class TokenF1(ReferenceReward):
     """F1 of words against the best reference, as SQuAD scores answers: from 0 to 1.
 
     Words are compared as a bag, after SQuAD's normalisation (`squad_words`). Of a reference without
@@ -43,16 +41,11 @@ class TokenF1(Reward):
     """
 
     cheap = True
-    reads_only = True
     transient = ("bags",)
 
     def __init__(self, column: str = "references") -> None:
         self.name = "token_f1"
         self.column = column
-
-    def check(self, columns: Collection[str]) -> None:
-        """Check that the references are there."""
-        check_column(f"reward {self.name!r}", self.column, columns)
 
     @functools.cached_property
     def bags(self) -> Callable[[tuple[str, ...]], list[Counter[str]]]:
@@ -63,18 +56,8 @@ class TokenF1(Reward):
 
     def begin(self, row: Mapping[str, Any]) -> Cursor:
         """Begin a cursor."""
-        references = references_of(row, self.column, f"reward {self.name!r}")
+        references = self.references(row)
         return TokenF1Cursor(self.bags(references))
-
-    def score(self, batch: TextBatch) -> list[Any]:
-        """Compare each text with its references."""
-        values: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                values.append(self.begin(row).push(text))
-            except Exception as error:
-                values.append(error)
-        return values
 
     def examples(self) -> tuple[Example, ...]:
         """Give an answer in other words around it, a part of one, and a wrong one."""

@@ -40,13 +40,7 @@ class Verifier(Reward):
         """Judge each text; what goes wrong with one is its item."""
         if self.column is not None:
             batch.column(self.column)  # a column that is missing is everybody's failure
-        items: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                items.append(self.verify(text, row))
-            except Exception as error:
-                items.append(error)
-        return items
+        return batch.each(self.verify)
 
     def verify(self, text: str, row: Mapping[str, Any]) -> float:
         """Judge one text.
@@ -112,12 +106,7 @@ class PooledVerifier(Verifier):
         """Judge what can be judged here, and ask the pool about the rest, all at once."""
         if self.column is not None:
             batch.column(self.column)
-        items: list[Any] = []
-        for text, row in zip(batch.texts, batch.rows, strict=True):
-            try:
-                items.append(self.ask(text, row))
-            except Exception as error:
-                items.append(error)
+        items = batch.each(self.ask)
         asked = [i for i, item in enumerate(items) if isinstance(item, Ask)]
         if asked:
             verdicts = self.pool().map([items[i] for i in asked])
