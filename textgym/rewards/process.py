@@ -30,6 +30,7 @@ from textgym.rewards.batch import TextBatch
 from textgym.rewards.functions import as_reward
 from textgym.rewards.payers import Paid, Payer, failures, settled
 from textgym.rewards.schedules import Schedule
+from textgym.rewards.verifiers.pattern import compile_re2, encodable
 
 Total = Literal["sum", "mean", "growth"]
 Sees = Literal["step", "prefix"]
@@ -82,9 +83,9 @@ def steps(
         raise ValueError(
             "total='growth' pays the growth of the value of the text so far: say sees='prefix'"
         )
-    splitter = Separator(separator) if pattern is None else Pattern(pattern)
+    parting = FixedSeparator(separator) if pattern is None else PatternSeparator(pattern)
     parts = as_reward(reward).parts()
-    return Schedule([(weight, Steps(part, splitter, sees, total)) for weight, part in parts])
+    return Schedule([(weight, Steps(part, parting, sees, total)) for weight, part in parts])
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,14 @@ class Step:
     prefix: str
 
 
-class Splitter(Protocol):
+class Separator(Protocol):
     """What finds the end of a step."""
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
         """Where the next separator begins and ends, from `start` on; None if there is none."""
 
 
-class Separator:
+class FixedSeparator:
     """A fixed string between two steps."""
 
     def __init__(self, separator: str) -> None:
@@ -117,38 +118,21 @@ class Separator:
         return None if at < 0 else (at, at + len(self.separator))
 
 
-class Pattern:
+class PatternSeparator:
     """A regular expression between two steps: RE2's, or one of `re` that the user vouches for."""
 
     def __init__(self, pattern: str | re.Pattern[str]) -> None:
-        self.pattern: Any = _linear(pattern) if isinstance(pattern, str) else pattern
+        self.pattern: Any = compile_re2(pattern) if isinstance(pattern, str) else pattern
 
     def find(self, text: str, start: int) -> tuple[int, int] | None:
         """Find a match that is not empty."""
+        text = encodable(text)
         match = self.pattern.search(text, start)
         while match is not None and match.start() == match.end():
             if match.end() >= len(text):
                 return None
             match = self.pattern.search(text, match.end() + 1)
         return None if match is None else (match.start(), match.end())
-
-
-def _linear(pattern: str) -> Any:
-    """Compile a pattern that is matched in linear time."""
-    try:
-        import re2
-    except ImportError:
-        raise ImportError(
-            "a pattern given as a string is matched in linear time by google-re2, which is not "
-            'installed: pip install "textgym[verify]", or give a compiled re.Pattern of your own'
-        ) from None
-    options = re2.Options()
-    options.log_errors = False
-    try:
-        return re2.compile(pattern, options)
-    except re2.error as error:
-        reason = error.args[0].decode() if isinstance(error.args[0], bytes) else error
-        raise ValueError(f"google-re2 cannot read the pattern {pattern!r}: {reason}") from None
 
 
 class Written:
@@ -163,7 +147,7 @@ class Written:
         self.values = 0.0  # the sum of those
         self.phi = 0.0  # what has been paid
 
-    def advance(self, text: str, splitter: Splitter, *, over: bool, whole: bool) -> list[Step]:
+    def advance(self, text: str, separator: Separator, *, over: bool, whole: bool) -> list[Step]:
         """Give the steps that have ended since the last call.
 
         A text that was withdrawn into steps that had ended goes on from where it differs; what was
@@ -171,7 +155,7 @@ class Written:
 
         Args:
             text: The response so far.
-            splitter: What ends a step.
+            separator: What ends a step.
             over: There is no more to come, so the rest is a step as well.
             whole: The last of all is a step even where nothing is left for it.
         """
@@ -180,7 +164,7 @@ class Written:
             pairs = zip(text, self.settled, strict=False)
             start = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(text), start))
         ended: list[Step] = []
-        while (found := splitter.find(text, start)) is not None:
+        while (found := separator.find(text, start)) is not None:
             self._end(ended, text, start, found[0])
             start = found[1]
         self.settled = text[:start]
@@ -220,9 +204,9 @@ class Steps(Payer):
 
     every_step = True
 
-    def __init__(self, reward: Reward, splitter: Splitter, sees: Sees, total: Total) -> None:
+    def __init__(self, reward: Reward, separator: Separator, sees: Sees, total: Total) -> None:
         super().__init__(reward)
-        self.splitter, self.sees, self.total = splitter, sees, total
+        self.separator, self.sees, self.total = separator, sees, total
 
     def check(self, columns: Collection[str]) -> None:
         """Check that the scorer's columns are there, and that none hides what it is given.
@@ -257,7 +241,7 @@ class Steps(Payer):
         ended: list[tuple[int, Step]] = []
         for i, state in enumerate(states):
             over = bool(terminated[i])
-            new = state.advance(batch.texts[i], self.splitter, over=over, whole=growth)
+            new = state.advance(batch.texts[i], self.separator, over=over, whole=growth)
             ended += ((i, step) for step in new)
         gain = np.full(n, np.nan)
         status: list[str | None] = [None] * n

@@ -21,7 +21,7 @@ class Pattern(Verifier):
     **The column**, if one is named, holds the expression of its row.
 
     **Range** 0 or 1. **Cost** linear in the text. **Statuses** of what could not be judged:
-    `too long` (more than 1,000,000 characters). Lone surrogates are read as U+FFFD.
+    `too long` (more than 1,000,000 characters). Lone surrogates are read as `?`.
 
     Args:
         pattern: The expression; None to read it from the column.
@@ -47,7 +47,7 @@ class Pattern(Verifier):
             )
         self.pattern, self.whole = pattern, whole
         if pattern is not None:
-            _compiled(pattern)
+            compile_re2(pattern)
 
     def verify(self, text: str, row: Mapping[str, Any]) -> float:
         """Match the text."""
@@ -58,19 +58,25 @@ class Pattern(Verifier):
                 f"reward {self.name!r} expected a string in the column {self.column!r}, "
                 f"got {pattern!r:.200}"
             )
-        compiled = _compiled(pattern)
-        text = text.encode("utf-8", "replace").decode() if not text.isascii() else text
+        compiled, text = compile_re2(pattern), encodable(text)
         found = compiled.fullmatch(text.strip()) if self.whole else compiled.search(text)
         return float(found is not None)
 
 
+def encodable(text: str) -> str:
+    """Give a text that RE2 can read, of the same length: `?` stands for lone surrogates."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 @functools.lru_cache(1024)
-def _compiled(pattern: str) -> Any:
-    """Compile an expression.
+def compile_re2(pattern: str) -> Any:
+    """Compile an expression that is matched in linear time.
 
     Raises:
+        ImportError: If google-re2 is not installed.
         ValueError: If it is not one that RE2 knows.
     """
+    need("re2", "a pattern that is matched in linear time")
     import re2
 
     options = re2.Options()
