@@ -55,6 +55,7 @@ class UnitTests(Verifier):
         ValueError: If an argument is out of range.
     """
 
+    column: str
     cheap = False
     transient = ("_verdicts",)
 
@@ -106,7 +107,7 @@ class UnitTests(Verifier):
 
     def score(self, batch: TextBatch) -> list[Any]:
         """Run the programs that are not known yet, equal ones once."""
-        batch.column(self.column or "")
+        batch.column(self.column)
         items: list[Any] = [None] * len(batch)
         keys: dict[int, bytes] = {}
         found: dict[bytes, Verdict] = {}
@@ -135,7 +136,7 @@ class UnitTests(Verifier):
     def examples(self) -> tuple[Example, ...]:
         """Give a program that passes, one that passes half its tests, and one that passes none."""
         tests = [{"args": [[3, 1, 2]], "expected": 3}, {"args": [[-2, -5]], "expected": -2}]
-        row = {self.column or "": tests}
+        row = {self.column: tests}
         half = "def largest(xs):\n    best = 0\n    for x in xs:\n        best = max(best, x)\n"
         return (
             Example(row, "```python\ndef largest(xs):\n    return max(xs)\n```", 1.0),
@@ -147,7 +148,7 @@ class UnitTests(Verifier):
         self.__dict__.update(state, _verdicts=Verdicts())
 
     def _task(self, text: str, row: Mapping[str, Any]) -> Task:
-        tests = row[self.column or ""]
+        tests = row[self.column]
         is_list = isinstance(tests, list | tuple) and len(tests) > 0
         for kind in (("args", "expected"), ("stdin", "stdout")) if is_list else ():
             if all(isinstance(test, Mapping) and set(test) == set(kind) for test in tests):

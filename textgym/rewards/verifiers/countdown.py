@@ -42,6 +42,8 @@ class Countdown(Verifier):
         use_all: Every number must be used.
     """
 
+    column: str
+
     def __init__(
         self, numbers: str = "numbers", target: str | int = "target", *, use_all: bool = True
     ) -> None:
@@ -65,12 +67,12 @@ class Countdown(Verifier):
 
     def examples(self) -> tuple[Example, ...]:
         """Give a solution, one that uses a number twice, and one that misses."""
-        row: dict[str, Any] = {self.column or "": [3, 3, 8, 8]}
+        row: dict[str, Any] = {self.column: [3, 3, 8, 8]}
         if isinstance(self.target, str):
             row[self.target] = 24
         elif self.target != 24:
             return ()
-        other = {**row, self.column or "": [4, 6]}
+        other = {**row, self.column: [4, 6]}
         return (
             Example(row, "8 / 3 is 2 2/3, so:\n8 / (3 - 8 / 3) = 24", 1.0),
             Example(row, r"\boxed{8 \div (3 - 8 \div 3)}", 1.0),
@@ -81,7 +83,7 @@ class Countdown(Verifier):
         )
 
     def _task(self, row: Mapping[str, Any]) -> tuple[list[int], int]:
-        numbers = row[self.column or ""]
+        numbers = row[self.column]
         target = row[self.target] if isinstance(self.target, str) else self.target
         whole = all(
             isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 10**_MOST_DIGITS

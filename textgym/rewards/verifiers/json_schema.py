@@ -100,9 +100,7 @@ class JsonSchema(PooledVerifier):
     def ask(self, text: str, row: Mapping[str, Any]) -> float | Ask:
         """Parse here, where a text that is no JSON costs little; a worker does the rest."""
         check_length(text, LONGEST)
-        schema = self._schema
-        if schema is None:
-            schema = self._written(row[self.column or ""])
+        schema = self._schema if self.column is None else self._written(row[self.column])
         try:
             read_json(text)
         except ValueError:

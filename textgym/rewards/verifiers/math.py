@@ -68,6 +68,7 @@ class Math(PooledVerifier):
         ImportError: If math-verify is not installed.
     """
 
+    column: str
     setup = "textgym.rewards.verifiers.math_worker:judge"
 
     def __init__(
@@ -119,18 +120,18 @@ class Math(PooledVerifier):
 
     def examples(self) -> tuple[Example, ...]:
         """Give two right answers, and wrong ones."""
-        row = {self.column or "": r"\frac{1}{2}"}
+        row = {self.column: r"\frac{1}{2}"}
         return (
             Example(row, r"Half of it, so \boxed{\frac{1}{2}}.", 1.0),
             Example(row, r"The answer is $\frac{\sqrt{4}}{4}$.", 1.0),
             Example(row, r"It is \boxed{\frac{1}{3}}.", 0.0),
             Example(row, r"It is \boxed{\frac{1}{2}} or perhaps \boxed{\frac{1}{3}}.", 0.0),
             Example(row, "I do not know.", 0.0),
-            Example({self.column or "": "(x+1)^2"}, r"\boxed{x^2 + 2x + 1}", 1.0),
+            Example({self.column: "(x+1)^2"}, r"\boxed{x^2 + 2x + 1}", 1.0),
         )
 
     def _gold(self, row: Mapping[str, Any]) -> str:
-        value = row[self.column or ""]
+        value = row[self.column]
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
         if isinstance(value, str) and value.strip():

@@ -35,6 +35,8 @@ class MultipleChoice(Verifier):
         ValueError: If the letters are not different capital letters, two or more.
     """
 
+    column: str
+
     def __init__(self, column: str = "answer", *, letters: str = "ABCDEFGHIJ") -> None:
         super().__init__("multiple_choice", column)
         if not re.fullmatch("[A-Z]{2,26}", letters) or len(set(letters)) < len(letters):
@@ -51,7 +53,7 @@ class MultipleChoice(Verifier):
 
     def verify(self, text: str, row: Mapping[str, Any]) -> float:
         """Compare the letter that the text chooses with the right one."""
-        value = row[self.column or ""]
+        value = row[self.column]
         alone = self._alone.fullmatch(value.strip(_DRESS)) if isinstance(value, str) else None
         if alone is None:
             raise ValueError(
@@ -97,12 +99,12 @@ class MultipleChoice(Verifier):
 
     def examples(self) -> tuple[Example, ...]:
         """Give right answers, a hedge and a wrong one."""
-        row = {self.column or "": self.letters[1]}
+        row = {self.column: self.letters[1]}
         right, wrong = self.letters[1], self.letters[0]
         return (
             Example(row, f"The first cannot be. The answer is ({right}).", 1.0),
             Example(row, f"**{right}**", 1.0),
             Example(row, f"The answer is {right} or {wrong}.", 0.0),
             Example(row, f"The answer is {wrong}.", 0.0),
-            Example({self.column or "": wrong}, f"({wrong})", 1.0),
+            Example({self.column: wrong}, f"({wrong})", 1.0),
         )

@@ -37,6 +37,7 @@ class Numeric(Verifier):
         ValueError: If a tolerance is negative or not finite.
     """
 
+    column: str
     transient = ("_golds",)
 
     def __init__(
@@ -54,7 +55,7 @@ class Numeric(Verifier):
         """Compare the final number of each text with the right one."""
         items: list[Any] = []
         absolute, relative = self.absolute, self.relative
-        for text, answer in zip(batch.texts, batch.column(self.column or ""), strict=True):
+        for text, answer in zip(batch.texts, batch.column(self.column), strict=True):
             try:
                 gold = self._golds.get(answer) or self._gold(answer)
             except (TypeError, ValueError) as error:
@@ -71,14 +72,14 @@ class Numeric(Verifier):
 
     def examples(self) -> tuple[Example, ...]:
         """Give a right answer, one with a unit, and a wrong, a hedged and a missing one."""
-        row = {self.column or "": "She has 3 + 39 = 42 apples.\n#### 42"}
+        row = {self.column: "She has 3 + 39 = 42 apples.\n#### 42"}
         return (
             Example(row, "There are 6 rows of 7, which makes 42.\n#### 42", 1.0),
             Example(row, r"So the answer is $\boxed{42 \text{ apples}}$.", 1.0),
             Example(row, "The answer is 43.", 0.0),
             Example(row, "The answer is 42 or 43.", 0.0),
             Example(row, "I do not know.", 0.0),
-            Example({self.column or "": 1250}, "She pays $1,250.00", 1.0),
+            Example({self.column: 1250}, "She pays $1,250.00", 1.0),
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
