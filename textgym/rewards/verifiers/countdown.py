@@ -10,8 +10,8 @@ from typing import Any
 
 from textgym.rewards.base import Example
 from textgym.rewards.errors import check_column
+from textgym.rewards.verifiers.answers import boxes, phrases
 from textgym.rewards.verifiers.base import Verifier
-from textgym.rewards.verifiers.numbers import boxes, phrases
 
 LONGEST = 200  # characters of an expression
 DEEPEST = 20

@@ -7,15 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from textgym.rewards.base import Example
+from textgym.rewards.verifiers.answers import boxes, phrases
 from textgym.rewards.verifiers.base import Ask, PooledVerifier, check_length, need
-from textgym.rewards.verifiers.numbers import (
-    Number,
-    boxes,
-    equal,
-    final_number,
-    phrases,
-    read_number,
-)
+from textgym.rewards.verifiers.numbers import Number, equal, final_number, read_number
 
 LONGEST = 20_000
 TAIL = 1_000

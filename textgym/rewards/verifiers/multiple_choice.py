@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from textgym.rewards.base import Example
+from textgym.rewards.verifiers.answers import boxes, phrases
 from textgym.rewards.verifiers.base import Verifier
-from textgym.rewards.verifiers.numbers import boxes, phrases
 
 _DRESS = " \t\r\n*_`\"'$.,:;!?"
 # "A" and "I" are words too: bare, they are letters only where nothing follows, or a reason does.

@@ -7,11 +7,11 @@ counted before they are converted, exponents bounded, and only 0 to 9 are digits
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+
+from textgym.rewards.verifiers.answers import LONGEST_REGION, boxes, line_at, phrases
 
 Number = tuple[int, int]
 
-LONGEST_REGION = 240  # characters in which an answer is looked for, behind its mark
 MOST_DIGITS = 200
 LARGEST_EXPONENT = 300
 
@@ -59,11 +59,6 @@ _WRONG_BEFORE = re.compile(
     re.I,
 )
 _LINK = re.compile(r"\bn?or\b|^(?:[,;]|and)\s?[a-z]\s?=$")
-_PHRASE = re.compile(
-    r"nswer(?:\s{1,4}(?:to|of|for|in)\b[^.:=\n]{0,80}?)?\s{0,4}(?:\*\*)?\s{0,4}(?:is|are|was|[:=])",
-    re.I,
-)
-_SENTENCE = re.compile(r"[.!?](?:\s|\Z)")
 _DIGIT = re.compile(r"[0-9]")
 
 
@@ -131,33 +126,11 @@ def final_number(text: str) -> Number | None:
     return _last(text)
 
 
-def phrases(text: str) -> Iterator[str]:
-    """Give what "the answer is" introduces, the last first, at most eight times."""
-    at = len(text)
-    for _ in range(8):
-        at = max(text.rfind("nswer", 0, at), text.rfind("NSWER", 0, at))
-        if at < 0:
-            return
-        phrase = _PHRASE.match(text, at)
-        if phrase is not None:
-            yield _sentence(text, phrase.end())
-
-
-def boxes(text: str, longest: int = LONGEST_REGION) -> list[str | None]:
-    r"""Give what is in each `\boxed{...}`, the last first, at most 32; None if it does not end."""
-    found: list[str | None] = []
-    at = text.rfind("\\boxed")
-    while at >= 0 and len(found) < 32:
-        found.append(_box(text, at, longest))
-        at = text.rfind("\\boxed", 0, at)
-    return found
-
-
 def _marked(text: str, mark: int) -> tuple[bool, Number | None]:
     """Read the `####` marks, which must agree; a heading of Markdown is none."""
     found: list[Number | None] = []
     for _ in range(32):
-        region = _line(text, mark + 4)
+        region = line_at(text, mark + 4)
         plain = _plain(region)
         if plain is not None:
             found.append(plain)
@@ -169,23 +142,6 @@ def _marked(text: str, mark: int) -> tuple[bool, Number | None]:
         if mark < 0:
             break
     return bool(found), _agreed(found)
-
-
-def _box(text: str, at: int, longest: int) -> str | None:
-    r"""Give what is in the `\boxed{...}` at `at`; None if it is not closed, or too long."""
-    start = at + len("\\boxed")
-    end = start + longest
-    if text[start : start + 1] != "{":
-        return None
-    depth = 0
-    for i in range(start, min(end, len(text))):
-        if text[i] == "{":
-            depth += 1
-        elif text[i] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[start + 1 : i]
-    return None
 
 
 def _last(text: str) -> Number | None:
@@ -289,24 +245,6 @@ def _is_sum(left: str) -> bool:
     return bool(re.search(r"[0-9)]\s?(?:[-+*/×÷^]|\\times|\\cdot|\\div)\s?[$(0-9]", left)) and not (
         re.search(r"[;<>≤≥≠±|&~]|,(?![0-9]{3})", left)
     )
-
-
-def _line(text: str, start: int) -> str:
-    end = text.find("\n", start, start + LONGEST_REGION)
-    if end >= 0:
-        return text[start:end]
-    line = text[start : start + LONGEST_REGION]
-    # A number that is cut in two is none.
-    return line if len(line) < LONGEST_REGION else line.rstrip("0123456789.,eE")
-
-
-def _sentence(text: str, start: int) -> str:
-    """Give the sentence behind a phrase; the next line that is not empty, if the line ends."""
-    while start < len(text) and text[start] in ' \t\r\n*_:`"':
-        start += 1
-    line = _line(text, start)
-    end = _SENTENCE.search(line)
-    return line if end is None else line[: end.start()]
 
 
 def _agreed(found: list[Number | None]) -> Number | None:
