@@ -1,7 +1,7 @@
 """Fault injection: a reward that fails at random, to see that training bears it.
 
 The faults are those of a service, not of the text: each costs the text its value, is tried again,
-and if the second try fails too the episode is unscored (`textgym.rewards.base`).
+and if the second try fails too the episode is unscored (`textgym.rewards.scores`).
 
 What hangs, and what kills its process, does so in a worker of `textgym.sandbox.pool`, which is
 killed and replaced. Nothing can stop a plain function that hangs in the trainer's own process
@@ -20,9 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from textgym.rewards.base import Reward, as_items
+from textgym.rewards.base import Reward
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.functions import as_reward
+from textgym.rewards.scores import as_items
 from textgym.sandbox.pool import WorkerPool, shared_pool
 
 _IN_WORKER = ("hang", "spin", "kill")

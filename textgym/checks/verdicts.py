@@ -13,7 +13,8 @@ from textgym.checks import probes
 from textgym.checks.guard import Outcome
 from textgym.checks.hostile import HOSTILE
 from textgym.checks.report import Check
-from textgym.rewards.base import TEXT_FAULT, Example, Reward
+from textgym.rewards.base import Example, Reward
+from textgym.rewards.scores import TEXT_FAULT
 
 EMPTY = ("", " ", "\n\n")
 GARBAGE = ("qzx vkj wpf", "?! ;; --", "zzz zzz zzz zzz", "I do not know.", "_" * 40)

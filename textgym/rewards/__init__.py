@@ -1,6 +1,6 @@
 """Rewards: values of texts, and schedules that say when they are paid."""
 
-from textgym.rewards.base import Corpus, Cursor, Example, Reward, Scores
+from textgym.rewards.base import Corpus, Cursor, Example, Reward
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.bleu import Bleu
 from textgym.rewards.chrf import Chrf
@@ -20,6 +20,7 @@ from textgym.rewards.reference import ReferenceLogProb
 from textgym.rewards.registry import REWARDS, make_reward, parse_reward
 from textgym.rewards.rouge import Rouge
 from textgym.rewards.schedules import Payment, Schedule, Track, as_schedule, dense, terminal
+from textgym.rewards.scores import Scores
 from textgym.rewards.service import Service
 from textgym.rewards.ter import Ter
 from textgym.rewards.token_f1 import TokenF1

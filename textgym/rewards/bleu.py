@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, Cursor, Example, FloatArray, is_number
+from textgym.rewards.base import Corpus, Cursor, Example
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.bleu_counts import BleuCursor, Count, Target
 from textgym.rewards.bleu_formula import SMOOTHING, Formula, brevity_penalty
 from textgym.rewards.bleu_words import STEPWISE, Splitter, make_tokenizer, splitter
 from textgym.rewards.references import ReferenceReward
+from textgym.rewards.scores import FloatArray, is_number
 
 CACHED_NGRAMS = 400_000  # some 70 MB
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, Cursor, Example, FloatArray
+from textgym.rewards.base import Corpus, Cursor, Example
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.references import ReferenceReward
+from textgym.rewards.scores import FloatArray
 from textgym.rewards.words import GrowingText
 
 if TYPE_CHECKING:

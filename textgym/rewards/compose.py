@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from textgym.rewards.base import NO_VALUE, TEXT_FAULT, Cursor, FloatArray, Reward, Scores, is_number
+from textgym.rewards.base import Cursor, Reward
 from textgym.rewards.batch import TextBatch
+from textgym.rewards.scores import NO_VALUE, TEXT_FAULT, FloatArray, Scores, is_number
 
 
 def add(left: Reward, right: Any, *, sign: float = 1.0, reverse: bool = False) -> Reward:

@@ -17,9 +17,10 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, cast
 
-from textgym.rewards.base import FloatArray, Reward, Scores, check_bounds
+from textgym.rewards.base import Reward, check_bounds
 from textgym.rewards.batch import TextBatch, private
 from textgym.rewards.errors import missing_column
+from textgym.rewards.scores import FloatArray, Scores
 from textgym.rewards.service import Service
 
 Getter = Callable[[TextBatch], list[Any]]

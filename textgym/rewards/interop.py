@@ -17,10 +17,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from textgym.rewards.base import TEXT_FAULT, Reward
+from textgym.rewards.base import Reward
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.compose import Sum
 from textgym.rewards.functions import as_reward
+from textgym.rewards.scores import TEXT_FAULT
 from textgym.rewards.service import Service
 
 # What verifiers gives a function besides the columns of its dataset.

@@ -6,8 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from textgym.rewards.base import Example, FloatArray, Reward
+from textgym.rewards.base import Example, Reward
 from textgym.rewards.batch import TextBatch
+from textgym.rewards.scores import FloatArray
 
 Unit = Literal["tokens", "words"]
 LONGEST_EXAMPLE = 1000  # words; longer ones show nothing to anybody

@@ -25,10 +25,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, Example, FloatArray
+from textgym.rewards.base import Corpus, Example
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.meteor_alignment import Match, align
 from textgym.rewards.references import ReferenceReward
+from textgym.rewards.scores import FloatArray
 from textgym.rewards.words import caption_words
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75

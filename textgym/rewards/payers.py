@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from textgym.rewards.base import TEXT_FAULT, Cursor, FloatArray, Reward, Scores, with_retry
+from textgym.rewards.base import Cursor, Reward
 from textgym.rewards.batch import TextBatch
+from textgym.rewards.scores import TEXT_FAULT, FloatArray, Scores, with_retry
 
 
 @dataclass

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, FloatArray
+from textgym.rewards.base import Corpus
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.reference import ReferenceLogProb, SequenceScorer
+from textgym.rewards.scores import FloatArray
 
 
 class InversePerplexity(ReferenceLogProb):

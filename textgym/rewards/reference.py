@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from textgym.rewards.base import FloatArray, Reward, check_bounds
+from textgym.rewards.base import Reward, check_bounds
 from textgym.rewards.batch import TextBatch
+from textgym.rewards.scores import FloatArray
 
 # Floats that the logits of one forward may take: 256 MB.
 MAX_LOGITS = 2**26

@@ -35,11 +35,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from textgym.rewards.base import FloatArray, Reward, is_number, strict_error
+from textgym.rewards.base import Reward
 from textgym.rewards.batch import Prompt, TextBatch
 from textgym.rewards.compose import weighted_bounds
 from textgym.rewards.functions import as_reward
 from textgym.rewards.payers import Dense, Payer, Shaping, Terminal
+from textgym.rewards.scores import FloatArray, is_number, strict_error
 
 
 @dataclass

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from textgym.rewards.base import Corpus, Example, FloatArray
+from textgym.rewards.base import Corpus, Example
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.references import ReferenceReward
+from textgym.rewards.scores import FloatArray
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.ter import TER

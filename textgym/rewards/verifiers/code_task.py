@@ -14,6 +14,8 @@ from textgym.sandbox.plain import same, to_json
 from textgym.sandbox.runner import Job, Outcome, SandboxError
 
 REMEMBERED = 65_536
+# Enough to start a program: one that is killed before would count as a failure of the sandbox.
+LEAST_CPU_SECONDS = 0.02
 PYTHON = ("", "python", "python3", "py")
 REASONS = ("memory", "recursion", "exception", "not plain")
 
@@ -109,8 +111,8 @@ class Task:
             return None
         if self.job.calls is not None:
             return self.job
-        # The budget's last millisecond is still a budget.
-        cpu, wall = max(self.cpu_left, 0.001), max(self.wall_left, 0.001)
+        # The budget's last millisecond is still a budget; a start counts as CPU time too.
+        cpu, wall = max(self.cpu_left, LEAST_CPU_SECONDS), max(self.wall_left, 0.001)
         stdin = self.given[self.done]
         return replace(self.job, stdin=stdin, cpu_seconds=cpu, wall_seconds=wall)
 

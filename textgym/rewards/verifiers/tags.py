@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from textgym.rewards.base import Example, Reward, as_items
+from textgym.rewards.base import Example, Reward
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.compose import Sum
+from textgym.rewards.scores import as_items
 from textgym.rewards.verifiers.base import Verifier
 from textgym.rewards.verifiers.numeric import Numeric
 
