@@ -5,18 +5,13 @@ Words are what white space parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from textgym.rewards.base import Cursor, Example, Reward
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.bleu import Bleu
-from textgym.rewards.words import GrowingText
-
-
-def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """List the n-grams of a sequence of words."""
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+from textgym.rewards.words import GrowingText, ngrams
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float:

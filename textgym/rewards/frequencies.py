@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from textgym.rewards.words import caption_words
+from textgym.rewards.words import caption_words, ngrams
 
 ORDER = 4
 FORMAT = 1
@@ -102,4 +102,4 @@ def splitter(words: str) -> Callable[[str], list[str]]:
 
 def grams_of(words: Sequence[str]) -> list[Gram]:
     """List the n-grams of one to four words."""
-    return [tuple(words[i : i + n]) for n in range(1, ORDER + 1) for i in range(len(words) - n + 1)]
+    return [gram for n in range(1, ORDER + 1) for gram in ngrams(words, n)]

@@ -7,6 +7,7 @@ of text looks across it. So a cursor splits only what follows the last white spa
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _RUN = re.compile(
     r"(?<!\w)'(?:s|re|ve|ll|d|m)(?!\w)"  # a clitic that stands alone, as in text split before
@@ -36,6 +37,11 @@ def caption_words(text: str) -> list[str]:
             end = start
         words += [run[:end], *reversed(clitics)]
     return words
+
+
+def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """List the n-grams of a sequence of words."""
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 class GrowingText:
