@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 
@@ -13,8 +14,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import re
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -108,7 +111,7 @@ def amount(value: float, largest: float) -> str:
 
 
 def shortened(text: str, longest: int) -> str:
-    """Cut a text, and show line ends."""
+    """Cut a long text."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
@@ -129,11 +132,12 @@ def push_cost(reward: Reward, examples: tuple[Example, ...]) -> float | None:
 
 def section(name: str, reward: Reward, report: Report, push_us: float | None) -> str:
     """Everything about one reward."""
-    kind = type(reward)
+    made = REWARDS[name]
+    kind = made.func if isinstance(made, functools.partial) else made
     doc = inspect.getdoc(kind) or ""
     paragraph = doc.split("\n\n", 1)[0].replace("\n", " ")
     lines = [f"## `{name}`", "", paragraph, ""]
-    lines += ["```python", signature(kind), "```", ""]
+    lines += ["```python", signature(made), "```", ""]
     examples = reward.examples()
     columns = sorted({column for example in examples for column in example.row})
     facts = [
@@ -161,14 +165,19 @@ def section(name: str, reward: Reward, report: Report, push_us: float | None) ->
     return "\n".join(lines)
 
 
-def signature(kind: type[Reward]) -> str:
-    """The class with its arguments and defaults; their types are in the docstring."""
+def signature(made: Callable[..., Reward]) -> str:
+    """What makes a reward, with its arguments: those of a registered name, else the defaults."""
+    given: dict[str, object] = {}
+    kind: Any = made
+    if isinstance(made, functools.partial):
+        kind = made.func
+        given = inspect.signature(kind).bind_partial(*made.args, **made.keywords).arguments
     parts, starred = [], False
     for parameter in inspect.signature(kind).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             parts.append("*")
             starred = True
-        default = parameter.default
+        default = given.get(parameter.name, parameter.default)
         shown = "" if default is parameter.empty else f"={default!r}".replace("'", '"')
         parts.append(parameter.name + shown)
     return f"{kind.__name__}({', '.join(parts)})"
@@ -188,11 +197,11 @@ def code(value: object, longest: int) -> str:
 def others() -> list[str]:
     """The rewards that are not registered, because they need arguments."""
     known = {type(make_reward(name)).__name__ for name in REWARDS}
-    lines = ["## Not registered", "", "They need arguments, or go with another.", ""]
+    lines = ["## Not registered", "", "To be made in Python, mostly for want of defaults.", ""]
     for name in textgym.rewards.__all__:
         kind = getattr(textgym.rewards, name)
         if isinstance(kind, type) and issubclass(kind, Reward) and name not in known | {"Reward"}:
-            lines.append(f"- `{name}`: {(inspect.getdoc(kind) or '').splitlines()[0]}")
+            lines.append(f"- `{signature(kind)}`: {(inspect.getdoc(kind) or '').splitlines()[0]}")
     return lines
 
 

@@ -16,6 +16,7 @@ from textgym.rewards.length import LengthPenalty, LengthWindow, SoftOverlong
 from textgym.rewards.meteor import Meteor
 from textgym.rewards.perplexity import InversePerplexity
 from textgym.rewards.process import steps
+from textgym.rewards.reasoning import ReasoningGym, reasoning_gym_task
 from textgym.rewards.reference import ReferenceLogProb
 from textgym.rewards.registry import REWARDS, make_reward, parse_reward
 from textgym.rewards.rouge import Rouge
@@ -64,6 +65,7 @@ __all__ = [
     "Numeric",
     "Pattern",
     "Payment",
+    "ReasoningGym",
     "ReferenceLogProb",
     "Repetition",
     "Reward",
@@ -89,6 +91,7 @@ __all__ = [
     "from_rubric",
     "make_reward",
     "parse_reward",
+    "reasoning_gym_task",
     "steps",
     "terminal",
     "think_answer",

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from textgym.rewards.base import Reward
@@ -35,19 +36,19 @@ from textgym.rewards.verifiers import (
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "bleu": Bleu,
-    "rouge1": lambda: Rouge("rouge1"),
-    "rouge2": lambda: Rouge("rouge2"),
-    "rougeL": lambda: Rouge("rougeL"),
-    "rougeLsum": lambda: Rouge("rougeLsum"),
+    "rouge1": partial(Rouge, "rouge1"),
+    "rouge2": partial(Rouge, "rouge2"),
+    "rougeL": partial(Rouge, "rougeL"),
+    "rougeLsum": partial(Rouge, "rougeLsum"),
     "chrf": Chrf,
-    "chrfpp": lambda: Chrf(word_order=2),
+    "chrfpp": partial(Chrf, word_order=2),
     "ter": Ter,
     "cider": Cider,
     "meteor": Meteor,
     "token_f1": TokenF1,
     "exact_match": ExactMatch,
-    "distinct1": lambda: Distinct(1),
-    "distinct2": lambda: Distinct(2),
+    "distinct1": partial(Distinct, 1),
+    "distinct2": partial(Distinct, 2),
     "self_bleu": SelfBleu,
     "repetition": Repetition,
     "length": LengthPenalty,

@@ -29,7 +29,7 @@ CACHED_WORDS = 1 << 15
 
 
 class Rouge(ReferenceReward):
-    """F-measure of n-grams or of the longest common subsequence: from 0 to 1.
+    """ROUGE, the F-measure of n-grams or of the longest common subsequence: from 0 to 1.
 
     Cost: linear in the text for n-grams; text times reference, 64 words of it at a time, for the
     longest common subsequence. Statuses: none. As a corpus metric it is the mean.
