@@ -20,13 +20,13 @@ from textgym.rewards.batch import TextBatch
 from textgym.rewards.bleu_counts import BleuCursor, Count, Target
 from textgym.rewards.bleu_formula import SMOOTHING, Formula, brevity_penalty
 from textgym.rewards.bleu_words import STEPWISE, Splitter, make_tokenizer, splitter
-from textgym.rewards.references import ReferenceReward
 from textgym.rewards.scores import FloatArray, is_number
+from textgym.rewards.text_metric import TextMetric
 
 CACHED_NGRAMS = 400_000  # some 70 MB
 
 
-class Bleu(ReferenceReward):
+class Bleu(TextMetric):
     """Sentence BLEU over 100: from 0 to 1. As a corpus metric it is corpus BLEU over 100.
 
     Cost: linear in the text; a cursor takes a few microseconds a token. Statuses: none. There are

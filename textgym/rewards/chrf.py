@@ -17,8 +17,8 @@ import numpy as np
 
 from textgym.rewards.base import Corpus, Cursor, Example
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.references import ReferenceReward
 from textgym.rewards.scores import FloatArray
+from textgym.rewards.text_metric import TextMetric
 from textgym.rewards.words import GrowingText
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ CACHED_PROMPTS = 1024
 Symbols = str | tuple[str, ...]
 
 
-class Chrf(ReferenceReward):
+class Chrf(TextMetric):
     """Character n-gram F-score (chrF2) against the best reference, over 100: from 0 to 1.
 
     With `word_order=2` it is chrF++, and its name is `chrfpp`. Columns: `references`, a string or a

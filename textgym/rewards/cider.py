@@ -27,14 +27,14 @@ from typing import Any, Self
 from textgym.rewards.base import Cursor, Example
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.frequencies import ORDER, Frequencies, Gram, Words, grams_of, splitter
-from textgym.rewards.references import ReferenceReward
+from textgym.rewards.text_metric import TextMetric
 from textgym.rewards.words import GrowingText
 
 CACHED_PROMPTS = 1024
 SIGMA = 6.0
 
 
-class Cider(ReferenceReward):
+class Cider(TextMetric):
     """CIDEr-D against all references, from 0 to 10.
 
     It needs the document frequencies of the training references: `Cider.from_references(lists)`,

@@ -28,8 +28,8 @@ import numpy as np
 from textgym.rewards.base import Corpus, Example
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.meteor_alignment import Match, align
-from textgym.rewards.references import ReferenceReward
 from textgym.rewards.scores import FloatArray
+from textgym.rewards.text_metric import TextMetric
 from textgym.rewards.words import caption_words
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
@@ -50,7 +50,7 @@ FUNCTION_WORDS = frozenset(
 )
 
 
-class Meteor(ReferenceReward):
+class Meteor(TextMetric):
     """METEOR against the best reference, exact and stem stages, and synonyms on request: 0 to 1.
 
     Versions, which are different metrics: `"1.5"` (the default; the one that papers on captions and

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from textgym.rewards.base import Example
-from textgym.rewards.references import ReferenceReward
 from textgym.rewards.rouge_counts import (
     GramCursor,
     GramTarget,
@@ -23,12 +22,13 @@ from textgym.rewards.rouge_counts import (
     split_text,
 )
 from textgym.rewards.rouge_lsum import LsumCursor, LsumTarget
+from textgym.rewards.text_metric import TextMetric
 
 CACHED_PROMPTS = 1024
 CACHED_WORDS = 1 << 15
 
 
-class Rouge(ReferenceReward):
+class Rouge(TextMetric):
     """ROUGE, the F-measure of n-grams or of the longest common subsequence: from 0 to 1.
 
     Cost: linear in the text for n-grams; text times reference, 64 words of it at a time, for the

@@ -15,8 +15,8 @@ import numpy as np
 
 from textgym.rewards.base import Corpus, Example
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.references import ReferenceReward
 from textgym.rewards.scores import FloatArray
+from textgym.rewards.text_metric import TextMetric
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.ter import TER
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CACHED_PROMPTS = 1024
 
 
-class Ter(ReferenceReward):
+class Ter(TextMetric):
     """1 − TER, but no less than `low`: 1 where nothing is to be edited.
 
         r = max(low, 1 − edits / mean reference length)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from textgym.rewards.base import Cursor, Example
-from textgym.rewards.references import ReferenceReward
+from textgym.rewards.text_metric import TextMetric
 from textgym.rewards.words import GrowingText
 
 CACHED_PROMPTS = 1024
@@ -28,7 +28,7 @@ def squad_words(text: str) -> list[str]:
     return _ARTICLE.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-class TokenF1(ReferenceReward):
+class TokenF1(TextMetric):
     """F1 of words against the best reference, as SQuAD scores answers: from 0 to 1.
 
     Words are compared as a bag, after SQuAD's normalisation (`squad_words`). Of a reference without

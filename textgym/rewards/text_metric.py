@@ -10,7 +10,7 @@ from textgym.rewards.batch import TextBatch
 from textgym.rewards.errors import check_column
 
 
-class ReferenceReward(Reward):
+class TextMetric(Reward):
     """Compares each text by itself with the references in a column of its row.
 
     Subclasses implement `value`, or `begin` where a cursor scores a whole text as cheaply.
