@@ -171,6 +171,9 @@ class Fragile:
     def restart(self):
         self.restarts += 1
 
+    def kill(self):
+        pass
+
 
 @pytest.mark.parametrize("deadly", ["bomb", ""])
 def test_what_kills_two_zygotes_is_to_blame_if_harmless_code_does_not(deadly):
@@ -186,6 +189,34 @@ def test_what_kills_two_zygotes_is_to_blame_if_harmless_code_does_not(deadly):
         assert outcome == Outcome("crash")
     else:
         assert isinstance(outcome, SandboxError)
+
+
+def test_what_was_interrupted_does_not_speak_for_the_next_job(monkeypatch):
+    single = CodeRunner(workers=1, require="limited")
+    _ = single.report
+    real = Zygote._receive
+
+    def interrupted(zygote, deadline):
+        monkeypatch.setattr(Zygote, "_receive", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Zygote, "_receive", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            single.map([calls(SQUARE, 2)])
+        time.sleep(0.2)  # the end of that job is told meanwhile
+        for x in (3, 4):
+            (outcome,) = single.map([calls(SQUARE, x)])
+            assert isinstance(outcome, Outcome) and outcome.answers == [["ok", x * x]]
+    finally:
+        single.close()
+
+
+@pytest.mark.parametrize("loop", ["print(1)", "while True: pass"])
+def test_a_budget_too_small_for_a_start_is_no_failure_of_the_sandbox(runner, loop):
+    """A program could sleep until next to nothing is left for its next test."""
+    outcomes = runner.map([Job(code=loop, wall_seconds=1e-6)] * 8)
+    assert {outcome.status for outcome in outcomes} <= {"ok", "timeout"}
 
 
 def test_nothing_runs_where_a_layer_is_lost(runner):

@@ -26,7 +26,7 @@ from textgym.sandbox.outcome import (
 )
 
 START_SECONDS = 60.0
-# How long the zygote may take to end a job that it was told to end.
+# How long the zygote may take to start a job, and to end one that it was told to end.
 GRACE_SECONDS = 10.0
 MOST_OUTPUT = 1 << 20
 # Only the files that the zygote imports are loaded, by way of packages without their `__init__`.
@@ -155,7 +155,7 @@ class Zygote:
             finally:
                 os.close(inbox[0])
                 os.close(outbox[1])
-            stopped = talk.until(time.monotonic() + wall_seconds)
+            stopped = talk.until(wall_seconds)
             if stopped:
                 with contextlib.suppress(OSError):
                     self.control.send(b"kill")
@@ -193,8 +193,14 @@ class _Talk:
         self.poller.register(inbox, select.POLLOUT)
         self.poller.register(outbox, select.POLLIN)
 
-    def until(self, deadline: float) -> str:
-        """Go on until the zygote speaks, the deadline has passed or too much was written."""
+    def until(self, wall_seconds: float) -> str:
+        """Go on until the zygote speaks, the job's time is over or too much was written.
+
+        A job's time begins with its first byte, which is written before the program starts: where
+        too little is left of a budget for a start, the program is to blame and not the sandbox.
+        """
+        deadline = time.monotonic() + max(wall_seconds, GRACE_SECONDS)
+        started = False
         while (left := deadline - time.monotonic()) > 0:
             ready = dict(self.poller.poll(left * 1000))
             if self.inbox in ready:
@@ -205,6 +211,8 @@ class _Talk:
                 return "output"
             if self.control in ready:
                 return ""
+            if self.data and not started:
+                started, deadline = True, time.monotonic() + wall_seconds
         return "timeout"
 
     def rest(self) -> bytes:

@@ -157,7 +157,12 @@ class CodeRunner:
             zygote.run(HONEST)
             return Outcome("crash")
         except SandboxError as error:
+            if isinstance(error, ZygoteDiedError):
+                zygote.kill()  # what it has still to say belongs to no one
             return error
+        except BaseException:  # Ctrl-C: the job goes on, and its end would pass for the next one's
+            zygote.kill()
+            raise
         finally:
             state.idle.put(zygote)
 

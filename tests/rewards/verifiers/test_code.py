@@ -302,6 +302,17 @@ def test_the_least_recently_used_verdict_is_forgotten(monkeypatch):
     assert REMEMBERED > 1000
 
 
+def test_the_last_of_a_budget_is_enough_to_start_a_program():
+    """Else a program that spends nearly all on one test would go unscored, and not earn a 0."""
+    reward = UnitTests(cpu_seconds=0.5)
+    task = reward._task("print(input())", ECHO)
+    task.take(task.next(), Outcome("ok", output=b"a\n", cpu_seconds=0.5 - 1e-6))
+    (outcome,) = shared_runner().map([task.next()])
+    assert isinstance(outcome, Outcome)
+    task.take(task.next(), outcome)
+    assert task.next() is None and task.verdict().item(False).args == ("timeout",)
+
+
 def test_copies_and_pickles():
     reward = UnitTests("cases", partial=True, cpu_seconds=1.0)
     assert copy.deepcopy(reward) is reward
