@@ -33,7 +33,7 @@ class Report:
     """`cpu_us` and `wall_us` an item, in microseconds, of the examples scored together, and
     `memory_mb`, by how much scoring raised the peak of resident memory; NaN where unknown."""
     statuses: tuple[str, ...]
-    """Every status that was met, `"ok"` among them, the first word of each that has more."""
+    """Every status that was met, `"ok"` among them, without what differs from text to text."""
 
     @property
     def ok(self) -> bool:

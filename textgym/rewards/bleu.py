@@ -1,7 +1,7 @@
 """BLEU (Papineni et al. 2002), equal to sacrebleu's bit for bit: of a sentence, of a corpus.
 
-Texts are split by sacrebleu's tokenizers; `textgym.rewards.bleu_counts` counts and computes, for
-whole texts and, at every prefix of every text, for texts that grow.
+Texts are split by sacrebleu's tokenizers (`bleu_words`); n-grams are counted for whole texts and, at
+every prefix of every text, for texts that grow (`bleu_counts`); `bleu_formula` makes a score of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CACHED_NGRAMS = 400_000  # some 70 MB
 
 
 class Bleu(TextMetric):
-    """Sentence BLEU over 100: from 0 to 1. As a corpus metric it is corpus BLEU over 100.
+    """Sentence BLEU divided by 100: from 0 to 1. As a corpus metric it is corpus BLEU over 100.
 
     Cost: linear in the text; a cursor takes a few microseconds a token. Statuses: none. There are
     cursors for the tokenizers `13a`, `none`, `char`, `zh` and `intl`; with another one, dense
@@ -80,9 +80,9 @@ class Bleu(TextMetric):
         return splitter(self.tokenize, self.lowercase)
 
     @functools.cached_property
-    def target(self) -> Targets:
+    def target(self) -> TargetCache:
         """Give the n-grams of references, which cursors share."""
-        return Targets(self.splitter, self.formula.max_order)
+        return TargetCache(self.splitter, self.formula.max_order)
 
     def begin(self, row: Mapping[str, Any]) -> Cursor | None:
         """Begin a cursor; None with a tokenizer that needs the whole text."""
@@ -148,7 +148,7 @@ class Bleu(TextMetric):
         return count
 
 
-class Targets:
+class TargetCache:
     """The n-grams of references, remembered for those that were asked for last.
 
     Args:

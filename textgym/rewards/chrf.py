@@ -30,7 +30,7 @@ Symbols = str | tuple[str, ...]
 
 
 class Chrf(TextMetric):
-    """Character n-gram F-score (chrF2) against the best reference, over 100: from 0 to 1.
+    """Character n-gram F-score (chrF2) against the best reference: from 0 to 1.
 
     With `word_order=2` it is chrF++, and its name is `chrfpp`. Columns: `references`, a string or a
     list of strings. Statuses: none. Cost: linear in the text; a cursor costs `char_order`
