@@ -1,7 +1,8 @@
 """BLEU (Papineni et al. 2002), equal to sacrebleu's bit for bit: of a sentence, of a corpus.
 
-Texts are split by sacrebleu's tokenizers (`bleu_words`); n-grams are counted for whole texts and, at
-every prefix of every text, for texts that grow (`bleu_counts`); `bleu_formula` makes a score of it.
+Texts are split by sacrebleu's tokenizers (`bleu_words`). N-grams are counted for whole texts and,
+at every prefix of every text, for texts that grow (`bleu_counts`). `bleu_formula` makes a score of
+the counts.
 """
 
 from __future__ import annotations
