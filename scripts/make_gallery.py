@@ -34,16 +34,17 @@ BARS = " ▁▂▃▄▅▆▇█"
 INTRODUCTION = """# The rewards
 
 Written by `python scripts/make_gallery.py`, which measured on {machine}, {cores} cores (shared),
-Python {python}, commit {commit}. The docstrings explain the arguments;
-[conformance.md](conformance.md) says how rewards are checked.
+Python {python}, commit {commit}. All are imported from
+`textgym.rewards`; their docstrings explain the arguments, and [conformance.md](conformance.md)
+says how rewards are checked.
 
 - **µs a text**: CPU time of one thread to score the examples shown here, caches filled. Verifiers
   that ask a worker pool or the sandbox remember verdicts, so theirs is the cost of a text seen
   before; a new one costs a call of a worker.
 - **µs a word**: CPU time of a cursor for one more word of these texts; `–` where there is no
   cursor and a dense schedule scores the whole text again.
-- **statuses**: what else than a value the examples and the hostile texts of `textgym check reward`
-  met. What is at fault itself (`text: ...`) earns the worst value of the range.
+- **statuses**: what the examples and the hostile texts of `textgym check reward` met besides
+  a value. A text that is itself at fault (`text: ...`) earns the worst value of the range.
 - In the pictures a token is a word, or some words where there are many. `terminal` pays the last
   one, `dense` pays each for what it adds; both add up to the value. A bar is as high as the amount.
 """
@@ -197,7 +198,12 @@ def code(value: object, longest: int) -> str:
 def others() -> list[str]:
     """The rewards that are not registered, because they need arguments."""
     known = {type(make_reward(name)).__name__ for name in REWARDS}
-    lines = ["## Not registered", "", "To be made in Python, mostly for want of defaults.", ""]
+    lines = [
+        "## Not registered",
+        "",
+        "The command line knows no name of these; it takes an object of yours, as `module:object`.",
+        "",
+    ]
     for name in textgym.rewards.__all__:
         kind = getattr(textgym.rewards, name)
         if isinstance(kind, type) and issubclass(kind, Reward) and name not in known | {"Reward"}:
