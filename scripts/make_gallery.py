@@ -196,7 +196,7 @@ def code(value: object, longest: int) -> str:
 
 
 def others() -> list[str]:
-    """The rewards that are not registered, because they need arguments."""
+    """The rewards that are not registered, most of which need arguments."""
     known = {type(make_reward(name)).__name__ for name in REWARDS}
     lines = [
         "## Not registered",
