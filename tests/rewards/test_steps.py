@@ -6,6 +6,7 @@ import math
 import pickle
 import random
 import re
+import time
 
 import numpy as np
 import pytest
@@ -331,12 +332,12 @@ def test_a_string_needs_re2_and_says_how_to_get_it(monkeypatch):
 
 def test_an_exploding_pattern_is_linear_and_an_empty_match_parts_nothing():
     pytest.importorskip("re2")
-    assert PatternSeparator(r"(a+)+$|(a|a)*b").find("a" * 5000 + "c", 0) is None
+    assert not list(PatternSeparator(r"(a+)+$|(a|a)*b").find("a" * 5000 + "c", 0))
     for splitter in (PatternSeparator("x*"), PatternSeparator(re.compile("x*"))):
-        assert splitter.find("aaa☃", 0) is None
-        assert splitter.find("aa☃xx", 1) == (3, 5)
-        assert splitter.find("a\ud800xx", 0) == (2, 4)
-    assert FixedSeparator("ab").find("aab", 0) == (1, 3)
+        assert list(splitter.find("aaa☃", 0)) == []
+        assert list(splitter.find("aa☃xxax", 1)) == [(3, 5), (6, 7)]
+        assert list(splitter.find("a\ud800xx", 0)) == [(2, 4)]
+    assert list(FixedSeparator("ab").find("aabab", 0)) == [(1, 3), (3, 5)]
     state = Written()
     ended = state.advance("a☃xxb", PatternSeparator("x*"), over=True, whole=False)
     assert [step.text for step in ended] == ["a☃", "b"]
@@ -353,6 +354,20 @@ def make_task(**arguments):
     )
     given = {"prompts": [{"prompt": p} for p in ("a", "b", "a b")], "tokenizer": TOKENS}
     return Task(**{**given, "reward": reward, "max_new_tokens": 12, **arguments})
+
+
+def test_many_steps_at_once_take_linear_time():
+    pytest.importorskip("re2")
+
+    def seconds(count):
+        text, best = "\u2603\n" * count, math.inf
+        for _ in range(3):
+            began = time.perf_counter()
+            assert len(list(PatternSeparator(r"\n").find(text, 0))) == count
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    assert seconds(16_000) < 20 * max(seconds(2_000), 1e-3)
 
 
 @pytest.mark.parametrize("budget", ["terminate", "truncate"])

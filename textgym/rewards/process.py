@@ -18,7 +18,7 @@ mean. What an unfinished step is worth is not known: a truncated episode is not 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -98,10 +98,10 @@ class Step:
 
 
 class Separator(Protocol):
-    """What finds the end of a step."""
+    """What finds the ends of steps."""
 
-    def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """Where the next separator begins and ends, from `start` on; None if there is none."""
+    def find(self, text: str, start: int) -> Iterator[tuple[int, int]]:
+        """Where the separators begin and end, from `start` on; in linear time for all of them."""
 
 
 class FixedSeparator:
@@ -112,10 +112,11 @@ class FixedSeparator:
             raise ValueError("the separator of steps must not be empty")
         self.separator = separator
 
-    def find(self, text: str, start: int) -> tuple[int, int] | None:
+    def find(self, text: str, start: int) -> Iterator[tuple[int, int]]:
         """Find the string."""
-        at = text.find(self.separator, start)
-        return None if at < 0 else (at, at + len(self.separator))
+        while (at := text.find(self.separator, start)) >= 0:
+            start = at + len(self.separator)
+            yield at, start
 
 
 class PatternSeparator:
@@ -124,15 +125,12 @@ class PatternSeparator:
     def __init__(self, pattern: str | re.Pattern[str]) -> None:
         self.pattern: Any = compile_re2(pattern) if isinstance(pattern, str) else pattern
 
-    def find(self, text: str, start: int) -> tuple[int, int] | None:
-        """Find a match that is not empty."""
-        text = encodable(text)
-        match = self.pattern.search(text, start)
-        while match is not None and match.start() == match.end():
-            if match.end() >= len(text):
-                return None
-            match = self.pattern.search(text, match.end() + 1)
-        return None if match is None else (match.start(), match.end())
+    def find(self, text: str, start: int) -> Iterator[tuple[int, int]]:
+        """Find the matches that are not empty."""
+        # By one iterator: each search of RE2's reads the text anew from its beginning.
+        for match in self.pattern.finditer(encodable(text), start):
+            if match.start() < match.end():
+                yield match.start(), match.end()
 
 
 class Written:
@@ -164,9 +162,9 @@ class Written:
             pairs = zip(text, self.settled, strict=False)
             start = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(text), start))
         ended: list[Step] = []
-        while (found := separator.find(text, start)) is not None:
-            self._end(ended, text, start, found[0])
-            start = found[1]
+        for stop, after in separator.find(text, start):
+            self._end(ended, text, start, stop)
+            start = after
         self.settled = text[:start]
         if over and (not self._end(ended, text, start, len(text)) and whole):
             self.number += 1
