@@ -46,6 +46,7 @@ EQUAL = [
     (r"\boxed{50\%}", r"\frac12"),
     ("The answer is 1,000.", "1000"),
     ("#### 18", "9 * 2 = 18\n#### 18"),
+    (r"\boxed{\frac{10}{2}}", r"\$5"),
 ]
 DIFFERENT = [
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{3}"),
@@ -60,6 +61,9 @@ DIFFERENT = [
     (r"\boxed{2x}", "x=2"),
     (r"\boxed{\frac{0}{0}}", "1"),
     (r"\boxed{\infty}", "1"),
+    (r"\boxed{.5}", "5"),
+    (r"\boxed{2.5+2.5=.5}", "5"),
+    (r"\boxed{\sqrt{2}}", r"\$5"),
     ("I do not know", r"\frac12"),
 ]
 
@@ -142,6 +146,7 @@ def test_a_right_answer_that_cannot_be_read_is_nobodys_low_score():
     scores = evaluate([(r"\boxed{\pi}", ""), (r"\boxed{\pi}", None), (r"\boxed{\pi}", r"\pi")])
     assert [s is None for s in scores.status] == [False, False, True]
     assert "expected a number or LaTeX in the column 'answer'" in scores.status[0]
+    assert "got nan" in evaluate([("0", float("nan"))]).status[0]
     unread = evaluate([(r"\boxed{\pi}", r"\boxed{}")])
     assert "cannot read the right answer" in unread.status[0] and unread.values[0] != 0.0
 

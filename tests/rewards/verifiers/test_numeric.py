@@ -85,6 +85,7 @@ NONE = [
         "~4",
     ),
     *(r"\boxed{\frac{1}{0}}", r"\boxed4", "The answer is 4 and 5", "not 4 nor 5", "9" * 201),
+    *("minus 5", "The answer is negative 5", "10 plus 5", "sqrt(5)", "√5", "The answer is √5"),
 ]
 
 
@@ -156,6 +157,15 @@ def test_hedges_earn_nothing(text):
 def test_hostile_texts_have_finite_values(name):
     scores = score([HOSTILE[name]], [123454321])
     assert scores.values[0] == 0.0 and scores.status == [None]
+
+
+@pytest.mark.parametrize("answer", [[42], {"a": 1}, None, b"42", True])
+def test_a_column_of_no_numbers_says_what_was_expected(answer):
+    reward = Numeric()
+    rows = [{"answer": 1}, {"answer": answer}, {"answer": 1}]
+    scores = reward.evaluate(TextBatch.from_texts(["1"] * 3, rows))
+    assert scores.values[[0, 2]].tolist() == [1.0, 1.0]
+    assert "expected a number, or a text that ends in one" in (scores.status[1] or "")
 
 
 def test_a_missing_column_and_pickles():

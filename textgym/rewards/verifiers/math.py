@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -126,7 +127,7 @@ class Math(PooledVerifier):
 
     def _gold(self, row: Mapping[str, Any]) -> str:
         value = row[self.column]
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             return str(value)
         if isinstance(value, str) and value.strip():
             return value.rpartition("####")[2].strip()
@@ -163,7 +164,9 @@ def _number(gold: str) -> Number | None:
 
 def _integer(text: str) -> Number | None:
     """Read a text that is nothing but an integer, in a box or not."""
-    inner = text.removeprefix("\\boxed{").removeprefix("The answer is").strip("{} $.\n")
+    inner = text.removeprefix("\\boxed{").removeprefix("The answer is")
+    # A point in front is part of the number: .5 is not 5.
+    inner = inner.lstrip("{} $\n").rstrip("{} $.\n")
     return read_number(inner) if _INTEGER.fullmatch(inner) else None
 
 
@@ -187,7 +190,7 @@ def _sides(answer: str, gold: str) -> list[str] | None:
     inner = answer.removeprefix("The answer is").strip()
     if inner.startswith("\\boxed{"):
         inner = inner[len("\\boxed{") : -1]
-    parts = [part.strip(" $.") for part in _EQUALS.split(inner)]
+    parts = [part.lstrip(" $").rstrip(" $.") for part in _EQUALS.split(inner)]
     if any(read_number(part) is not None for part in parts[:-1]):
         return None
     if re.search("[A-Za-z]", _COMMAND.sub("", inner)):

@@ -35,7 +35,7 @@ def judge(gold: str, claims: list[str]) -> float | str:
 
 @functools.lru_cache(4096)
 def _gold(text: str) -> tuple[Any, ...]:
-    bare = "$" not in text and "\\boxed" not in text
+    bare = "$" not in text.replace("\\$", "") and "\\boxed" not in text
     for way in (f"\\boxed{{{text}}}", text) if bare else (text,):
         read = math_verify.parse(way, parsing_timeout=None)
         if read:

@@ -16,7 +16,7 @@ MOST_DIGITS = 200
 LARGEST_EXPONENT = 300
 
 _CURRENCY = r"$€£¥₹"
-_DOUBTS = "or|and|not|to|between|either|neither|least|most|than|nor|plus|minus|times|maybe"
+_DOUBTS = "or|and|not|to|between|either|neither|least|most|than|nor|plus|minus|negative|times|maybe"
 _PLAIN = re.compile(
     r"\s*\$?(-?(?:[0-9]{1,18}|[0-9]{1,3}(?:,[0-9]{3}){1,5}))(?:\.([0-9]{1,18}))?"
     rf"(?:\s(?!(?:{_DOUBTS})\b)[a-z]{{2,16}})?\.?\s*\Z"
@@ -32,7 +32,7 @@ _NUMBER = re.compile(
 )
 _START = re.compile(rf"[-+]?\s?[{_CURRENCY}]?\s?[-+]?\.?[0-9]")
 # What may stand before a number: words, `x =`; what may follow: a unit, `m^2`, `%`, a bracket.
-_BEFORE = re.compile(r"(?:[^-0-9<>≤≥≠±^*/~|&+\\]|-(?=\s?[A-Za-z]))*\Z")
+_BEFORE = re.compile(r"(?:[^-0-9<>≤≥≠±^*/~|&+√\\]|-(?=\s?[A-Za-z]))*\Z")
 _AFTER = re.compile(
     r"(?:[^0-9<>≤≥≠±=^*/~|&+\\]|/(?=\s?[A-Za-z])|(?<=[A-Za-z])\^?[23](?![0-9.]))*\Z"
 )
@@ -55,7 +55,8 @@ _TOKEN = re.compile(
 _LINKS = frozenset({*"-–—,;/|~&+*×^x", "", "and", "to"})
 # What makes the last number of a text no answer: an operator, a bound, a doubt.
 _WRONG_BEFORE = re.compile(
-    r"(?:(?<![<>])[<>]|[≤≥≠±^*/~|&+×\\]|[<>!]=|-|\\[A-Za-z]+|\b(?:not|n?or|least|most|than|n?either))\s?\Z",
+    r"(?:(?<![<>])[<>]|[≤≥≠±^*/~|&+×√\\]|[<>!]=|-|\\[A-Za-z]+|"
+    r"\b(?:not|n?or|least|most|than|n?either|minus|negative|plus|times|sqrt\s?\(?))\s?\Z",
     re.I,
 )
 _LINK = re.compile(r"\bn?or\b|^(?:[,;]|and)\s?[a-z]\s?=$")

@@ -57,8 +57,13 @@ class Numeric(Verifier):
         absolute, relative = self.absolute, self.relative
         for text, answer in zip(batch.texts, batch.column(self.column), strict=True):
             try:
-                gold = self._golds.get(answer) or self._gold(answer)
-            except (TypeError, ValueError) as error:
+                # True is 1 to a dict.
+                known = None if answer is True or answer is False else self._golds.get(answer)
+                gold = known or self._gold(answer)
+            except TypeError:  # a list, which is no key
+                items.append(self._no_number(answer))
+                continue
+            except ValueError as error:
                 items.append(error)
                 continue
             found = final_number(text)
@@ -88,14 +93,17 @@ class Numeric(Verifier):
     def _gold(self, answer: Any) -> Number:
         gold = gold_number(answer)
         if gold is None:
-            raise ValueError(
-                f"reward {self.name!r} expected a number, or a text that ends in one, in the "
-                f"column {self.column!r}, got {answer!r:.200}"
-            )
+            raise self._no_number(answer)
         if len(self._golds) >= REMEMBERED:
             self._golds.clear()
         self._golds[answer] = gold
         return gold
+
+    def _no_number(self, answer: Any) -> ValueError:
+        return ValueError(
+            f"reward {self.name!r} expected a number, or a text that ends in one, in the column "
+            f"{self.column!r}, got {answer!r:.200}"
+        )
 
 
 def gold_number(answer: Any) -> Number | None:
