@@ -146,9 +146,7 @@ class FunctionReward(Reward):
         self.function = function
         self.name = name or _name_of(function)
         self.low, self.high = check_bounds(low, high)
-        self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-            getattr(function, "__call__", None)  # noqa: B004
-        )
+        self.is_async = is_async(function)
         options: dict[str, Any] = {
             "timeout": timeout,
             "max_concurrency": max_concurrency,
@@ -274,6 +272,13 @@ class FunctionReward(Reward):
 
 # The prompt is passed as the field of that name, never a second time as a column.
 HIDDEN = {"prompt", "completion"}
+
+
+def is_async(function: Any) -> bool:
+    """Tell whether a callable is declared `async def`, itself or as the `__call__` of its class."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004
+    )
 
 
 def _not_awaitable(value: Any) -> Any:

@@ -20,7 +20,7 @@ from typing import Any
 from textgym.rewards.base import Reward
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.compose import Sum
-from textgym.rewards.functions import as_reward
+from textgym.rewards.functions import as_reward, is_async
 from textgym.rewards.scores import TEXT_FAULT
 from textgym.rewards.service import Service
 
@@ -158,11 +158,9 @@ def _terms(rubric: Any, chat: bool, service: Service | None) -> list[tuple[float
 def _as_reward(
     function: Callable[..., Any], objects: dict[str, Any], chat: bool, service: Service | None
 ) -> Reward:
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004
-    )
-    call = (_AsyncRubricCall if is_async else _RubricCall)(function, objects, chat)
-    return as_reward(call, service=service if is_async else None)
+    waits = is_async(function)
+    call = (_AsyncRubricCall if waits else _RubricCall)(function, objects, chat)
+    return as_reward(call, service=service if waits else None)
 
 
 class _RubricCall:
