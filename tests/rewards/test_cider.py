@@ -9,8 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from textgym.checks.faults import FaultyReward
 from textgym.prompts import Prompts
-from textgym.rewards import Bleu, Cider, TextBatch, dense, make_reward, terminal
+from textgym.rewards import Bleu, Cider, TextBatch, dense, make_reward, terminal, think_answer
+from textgym.rewards.verifiers.tags import InTag
 from textgym.task import Task
 
 REFERENCES = [
@@ -135,6 +137,17 @@ def test_is_fitted_on_training_rows_once():
     assert [(weight, part.name) for weight, part in both.parts()] == [(1.0, "both")]
     plain = Bleu() + 2 * Bleu()
     assert plain.fitted(rows) is plain
+
+
+@pytest.mark.parametrize("wrap", [FaultyReward, lambda r: InTag(r, "a"), think_answer])
+def test_what_wraps_it_is_fitted_and_kept_with_it(wrap, tmp_path):
+    rows = [row(references) for references in REFERENCES]
+    wrapped = wrap(Cider()).fitted(rows)
+    text = f"<a>{REFERENCES[0][0]}</a><answer>{REFERENCES[0][0]}</answer>"
+    assert wrapped.evaluate(TextBatch.from_texts([text], rows[:1])).status == [None]
+    assert wrapped.fitted(rows[:1]).name == wrapped.name
+    wrapped.keep(tmp_path)
+    assert (tmp_path / "cider.json").exists()
 
 
 def test_a_task_fits_it_on_the_training_split_and_a_run_keeps_it(tmp_path):

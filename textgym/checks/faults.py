@@ -15,7 +15,8 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,19 @@ class FaultyReward(Reward):
     def check(self, columns: Collection[str]) -> None:
         """Check the columns of the reward that is wrapped."""
         self.reward.check(columns)
+
+    def fitted(self, rows: Sequence[Mapping[str, Any]]) -> FaultyReward:
+        """Give the same around the fitted reward; generator and counts are shared."""
+        reward = self.reward.fitted(rows)
+        if reward is self.reward:
+            return self
+        twin = self.named(self.name)
+        twin.reward = reward
+        return twin
+
+    def keep(self, folder: Path) -> None:
+        """Write what the reward that is wrapped froze."""
+        self.reward.keep(folder)
 
     def score(self, batch: TextBatch) -> Sequence[Any]:
         """Score, and put faults in the place of some values."""

@@ -7,8 +7,9 @@ for the format, and one for the answer in it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from textgym.rewards.base import Example, Reward
@@ -94,6 +95,15 @@ class InTag(Reward):
     def check(self, columns: Collection[str]) -> None:
         """Check the columns of the other reward."""
         self.reward.check(columns)
+
+    def fitted(self, rows: Sequence[Mapping[str, Any]]) -> Reward:
+        """Give the same of the fitted reward."""
+        reward = self.reward.fitted(rows)
+        return self if reward is self.reward else InTag(reward, self.tag).named(self.name)
+
+    def keep(self, folder: Path) -> None:
+        """Write what the other reward froze."""
+        self.reward.keep(folder)
 
     def score(self, batch: TextBatch) -> list[Any]:
         """Score the contents; the token ids remain those of the whole responses."""
