@@ -530,6 +530,27 @@ def test_the_judges_filter_and_too_long_texts_are_the_texts_fault(serve):
     assert scores.values.tolist() == [0, 0, 0, 1]
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_text_longer_than_the_judges_context_is_at_fault_and_spoils_nothing(serve, status):
+    """Unscored, it would cost a policy nothing; and what fits without a schema proves nothing."""
+
+    def answer(handler, request, number):
+        if sum(len(m["content"]) for m in request["messages"]) < 4_000:
+            return says(10)(handler, request, number)
+        error = {"message": "This model's maximum context length is 1000 tokens.", "code": status}
+        return reply(handler, status, {"error": error})
+
+    server = serve(answer)
+    judge = make(server, show_prompt=True)
+    scores = judge.evaluate(batch_of("a", "x" * 5_000))
+    assert scores.status == [None, "text: too long for the judge"]
+    assert scores.values.tolist() == [1.0, 0.0] and len(server.requests) == 2
+    # A prompt that is too long is not the fault of the text.
+    assert "context length" in judge.evaluate(batch_of("b", prompt="x" * 5_000)).status[0]
+    assert judge.evaluate(batch_of("c")).status == [None]
+    assert server.requests[-1]["response_format"]["type"] == "json_schema"
+
+
 HOSTILE = ["", "\0", "\ud800", "\U0010ffff", "\u202e" * 100, "{" * 9999, '"\\' * 999, "\r\n\r\n"]
 
 

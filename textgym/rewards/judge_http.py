@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -32,6 +33,8 @@ FORMATS: tuple[tuple[dict[str, Any] | None, bool], ...] = (
 )
 UNSTRUCTURED = 2
 NOT_UNDERSTOOD = {400, 422, 501}
+# How servers say that a request is longer than their model can read.
+TOO_LONG = re.compile(rb"context.?(?:length|size|window)|too (?:long|large)", re.I)
 TRY_AGAIN = {408, 409, 425, 429}
 LONGEST_MESSAGE = 300
 
@@ -130,6 +133,11 @@ class Endpoint:
                 return self._message(content)
             if status == 400 and b"content_filter" in content:
                 raise TextFailure("refused by the judge")
+            if status in {413, *NOT_UNDERSTOOD} and TOO_LONG.search(content):
+                # No other format would be shorter, and a refusal of the text is none of a format.
+                if question.is_mostly_text():
+                    raise TextFailure("too long for the judge")
+                break
             if status not in NOT_UNDERSTOOD:
                 break
         raise self._error(status, headers, content)

@@ -80,6 +80,10 @@ class Question:
     id: str
     key: bytes
 
+    def is_mostly_text(self) -> bool:
+        """Whether the judged text is more than half of what the judge is to read."""
+        return 2 * len(self.messages[-2][1]) > sum(len(content) for _, content in self.messages)
+
     def payload(self, *, one_message: bool = False) -> list[dict[str, str]]:
         """Give the messages as a request holds them.
 
