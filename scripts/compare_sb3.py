@@ -45,9 +45,11 @@ class Kind:
     rows: int
     """Rows of SB3's environment."""
     n_steps: int
-    """Steps of SB3's rollouts; rows and steps give about as many tokens an update as ours."""
+    """Steps of SB3's rollouts."""
     config: dict[str, Any]
     """What both configs have in common, in the terms of ours."""
+    minibatches: int = 4
+    """SB3's: of about as many tokens as ours, so that both take as many steps."""
 
 
 TASKS = {
@@ -56,7 +58,7 @@ TASKS = {
     "textgym/StopEarly-v0": Kind(40_000, 256, 256, 4, DIAGNOSTIC),
     "textgym/Chain-v0": Kind(160_000, 256, 256, 5, DIAGNOSTIC),
     "textgym/HighLow-v0": Kind(160_000, 256, 256, 3, DIAGNOSTIC),
-    "TextGen-v0": Kind(100_000, 64, 8, 125, TEXT),
+    "TextGen-v0": Kind(100_000, 64, 16, 125, TEXT),
 }
 
 
@@ -86,7 +88,8 @@ def train(task: str, agent: str, seed: int) -> dict[str, Any]:
             config["vf_coef"] /= 2  # SB3's value loss has no half
         envs = vector(task, kind.rows, "SameStep")
         policy = make_policy(task, envs, seed)
-        learner = SB3PPO(policy, envs, SB3PPOConfig(n_steps=kind.n_steps, **config))
+        config |= {"n_steps": kind.n_steps, "minibatches": kind.minibatches}
+        learner = SB3PPO(policy, envs, SB3PPOConfig(**config))
     began = time.process_time()
     result = learner.learn(kind.tokens, quiet=True)
     if result.interrupted:
