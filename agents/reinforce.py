@@ -247,7 +247,7 @@ class REINFORCE:
             max_updates=max_updates,
             evaluate=None if self.eval_envs is None else self._evaluate,
             reference=self.reference,
-            tokenizer=self.task.tokenizer,
+            task=self.task,
         ) as run:
             if cfg.scale_episodes and not run.resumed:
                 start, seed = self.reference or self.policy, int(mix64(cfg.seed, _SCALE))

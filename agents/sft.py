@@ -179,7 +179,7 @@ class SFT:
             quiet=quiet,
             max_updates=max_updates,
             evaluate=self._evaluate if self.held_out else None,
-            tokenizer=self.task.tokenizer,
+            task=self.task,
         ) as run:
             run.begin()
             while run.wants_more:

@@ -39,7 +39,7 @@ from textgym.weights import fingerprint, read_policy, write_policy
 if TYPE_CHECKING:
     from textgym.episodes import Episodes
     from textgym.policies import CausalLMPolicy
-    from textgym.tokens import Tokenizer
+    from textgym.task import Task
     from textgym.vector import TextGenVectorEnv
 
 _EVAL = 0x45564C  # key of the held-out draws
@@ -106,7 +106,7 @@ class Run:
         max_updates: int | None = None,
         evaluate: Callable[[], tuple[dict[str, float], float]] | None = None,
         reference: CausalLMPolicy | None = None,
-        tokenizer: Tokenizer | None = None,
+        task: Task | None = None,
     ) -> None:
         """Prepare the folder and, when resuming, put everything back as it was.
 
@@ -122,7 +122,8 @@ class Run:
             max_updates: Ends this call (not the run) after so many updates.
             evaluate: Returns held-out metrics, and one number that is larger for a better policy.
             reference: Its weights are compared with those of the run that is resumed.
-            tokenizer: Written beside the weights.
+            task: Its tokenizer is written beside the weights, and under `rewards/` what its reward
+                has frozen of the training split.
 
         Raises:
             CheckpointError: If the folder cannot be written, or holds a run and `resume` is False.
@@ -130,8 +131,10 @@ class Run:
         """
         self.policy, self.config, self.parts = policy, config, dict(parts)
         policy.invalidate_cache()  # what it did before this run must not show in how it rounds
-        self.tokenizer = tokenizer
+        self.tokenizer = None if task is None else task.tokenizer
         self.folder = None if folder is None else prepare_folder(folder)
+        if task is not None and self.folder is not None:
+            task.schedule.keep(self.folder / "rewards")
         self.total_tokens, self.max_updates = total_tokens, max_updates
         self.counters = Counters()
         self.history: list[dict[str, float]] = []

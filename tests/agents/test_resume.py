@@ -15,6 +15,7 @@ import torch
 from textgym.agents import PPO, REINFORCE, SFT, PPOConfig, REINFORCEConfig, SFTConfig
 from textgym.checkpoint import CheckpointError
 from textgym.logging import read_metrics
+from textgym.rewards import Cider
 from textgym.runs import Run
 
 TOKENS = 400
@@ -269,3 +270,15 @@ def test_configs_are_frozen() -> None:
     for _, config in AGENTS.values():
         with pytest.raises(dataclasses.FrozenInstanceError):
             config.lr = 1.0  # type: ignore[union-attr,misc]
+
+
+def test_a_run_keeps_what_its_reward_froze(
+    make_envs: Any, make_policy: Any, tmp_path: Path
+) -> None:
+    envs = make_envs(reward=Cider())
+    REINFORCE(make_policy(), envs, REINFORCEConfig(episodes=8), folder=tmp_path).learn(
+        64, quiet=True
+    )
+    kept = Cider.load(tmp_path / "rewards" / "cider.json")
+    assert kept.frequencies == Cider().fitted(list(envs.task.prompts)).frequencies
+    assert kept.frequencies.documents == 4

@@ -144,7 +144,6 @@ class Training:
         before = self.measure(self.policy if not args.resume else self.start())
         options = {"agent": self.agent, "args": plain(args), "config": plain(self.config)}
         write_json(self.folder / OPTIONS, options)
-        self.envs.task.schedule.keep(self.folder / "rewards")
         command = "sft" if self.agent == "sft" else "train"
         again = f"textgym {command} --resume --folder {self.folder}"
         try:

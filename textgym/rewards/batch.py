@@ -44,8 +44,15 @@ class TextBatch:
         """Make a batch of bare texts, as for scoring a file; the token ids are empty.
 
         Raises:
+            TypeError: If the texts are no list of strings.
             ValueError: If there is not one row per text.
         """
+        odd = texts if isinstance(texts, str) else next((t for t in texts if type(t) is not str), "")
+        if not isinstance(odd, str) or isinstance(texts, str):
+            raise TypeError(
+                f"expected texts as a list of strings, got {type(odd).__name__}: {odd!r:.200}; "
+                "decode bytes first, and write '' for no text"
+            )
         n = len(texts)
         table: list[Mapping[str, Any]] = [{} for _ in range(n)] if rows is None else list(rows)
         if len(table) != n:

@@ -227,7 +227,7 @@ class Training:
                 max_updates=max_updates,
                 evaluate=None if self.eval_envs is None else self._evaluate,
                 reference=self.reference,
-                tokenizer=self.task.tokenizer,
+                task=self.task,
             ) as run,
         ):
             if algorithm._last_obs is None:
