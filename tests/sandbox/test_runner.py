@@ -249,6 +249,19 @@ def test_a_zygote_that_could_not_be_restarted_is_started_by_the_next_job(monkeyp
         single.close()
 
 
+def test_descriptors_that_others_have_closed_are_borne():
+    single = CodeRunner(workers=1, require="limited")
+    (zygote,) = single._ready().zygotes
+    old = zygote.process
+    try:
+        os.close(zygote.control.fileno())
+        os.close(old.stderr.fileno())
+        assert single.map([calls(SQUARE, 3)])[0].answers == [["ok", 9]]
+        assert old.poll() is not None and zygote.starts == 2
+    finally:
+        single.close()
+
+
 def test_a_long_temporary_folder(runner, monkeypatch, tmp_path):
     folder = tmp_path / ("x" * 100)
     folder.mkdir()

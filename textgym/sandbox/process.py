@@ -251,11 +251,14 @@ def _end(owner: int, process: subprocess.Popen[bytes], control: socket.socket) -
     """Kill a zygote; nothing in a fork of the process that owns it."""
     if os.getpid() != owner:
         return
-    control.close()
+    # Others may have closed the descriptors; the process is to end all the same.
+    with contextlib.suppress(OSError):
+        control.close()
     # The guard and the server share a session; the server's end ends the job.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if process.stderr is not None:
-        process.stderr.close()
+        with contextlib.suppress(OSError):
+            process.stderr.close()
