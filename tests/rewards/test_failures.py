@@ -272,3 +272,9 @@ def test_compositions_inside_compositions_follow_the_same_rules():
     scores = (gated - as_reward(lambda text: 1.0)).named("x").evaluate(BATCH)
     assert scores.values.tolist() == [-1.25, -2, -1.25]
     assert scores.status == [None, "text: x", None]
+
+
+@pytest.mark.parametrize("texts", ["abc", ["a", None], [b"a"], [1]])
+def test_texts_that_are_no_strings_are_refused_where_they_come_in(texts):
+    with pytest.raises(TypeError, match="expected texts as a list of strings, got"):
+        TextBatch.from_texts(texts)

@@ -47,11 +47,12 @@ class TextBatch:
             TypeError: If the texts are no list of strings.
             ValueError: If there is not one row per text.
         """
-        odd = texts if isinstance(texts, str) else next((t for t in texts if type(t) is not str), "")
-        if not isinstance(odd, str) or isinstance(texts, str):
+        strays = [texts] if isinstance(texts, str) else [t for t in texts if not isinstance(t, str)]
+        if strays:
             raise TypeError(
-                f"expected texts as a list of strings, got {type(odd).__name__}: {odd!r:.200}; "
-                "decode bytes first, and write '' for no text"
+                "expected texts as a list of strings, got "
+                f"{type(strays[0]).__name__}: {strays[0]!r:.200}; decode bytes first, and give '' "
+                "where there is no text"
             )
         n = len(texts)
         table: list[Mapping[str, Any]] = [{} for _ in range(n)] if rows is None else list(rows)
