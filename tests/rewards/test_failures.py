@@ -49,6 +49,16 @@ class Flaky:
         return [0.5] * len(texts)
 
 
+class Unspeakable(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+class Unshowable:
+    def __repr__(self):
+        raise ValueError("no picture")
+
+
 ITEM_FAILURES = [
     (ValueError("boom"), "error: ValueError: boom"),
     (MemoryError(), "error: MemoryError"),
@@ -57,6 +67,9 @@ ITEM_FAILURES = [
     (INF, "inf"),
     (-INF, "inf"),
     (10**400, "inf"),
+    (10**5000, "inf"),
+    (Unspeakable(), "error: Unspeakable"),
+    (Unshowable(), "type: Unshowable"),
     (np.float32("nan"), "nan"),
     ("0.5", "type: str"),
     (1 + 2j, "type: complex"),

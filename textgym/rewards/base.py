@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.errors import TextFailure, describe, trace
+from textgym.rewards.errors import TextFailure, describe, shown, trace
 from textgym.rewards.scores import (
     NO_VALUE,
     TEXT_FAULT,
@@ -196,7 +196,7 @@ class Reward:
                 scores.values[i], status = as_number(item)
                 if status is not None and not (optional and status == NO_VALUE):
                     scores.traceback = scores.traceback or (
-                        f"Reward {self.name!r} returned {item!r:.200} for the text "
+                        f"Reward {self.name!r} returned {shown(item)} for the text "
                         f"{texts[i]!r:.200}: expected a finite number."
                     )
             scores.status[i] = status

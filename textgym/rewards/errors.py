@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import traceback
 from collections.abc import Collection, Iterable
+from typing import Any
 
 
 class RewardError(RuntimeError):
@@ -48,8 +49,19 @@ def missing_column(
 
 def describe(error: BaseException) -> str:
     """Put an exception into one short line, as `error: ValueError: boom`."""
-    lines = str(error).strip().splitlines()
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # an exception of the user's, which may have no words
+        lines = []
     return f"error: {type(error).__name__}" + (f": {lines[0][:200]}" if lines else "")
+
+
+def shown(value: Any) -> str:
+    """Give the start of a value's `repr`, or its type where it has none."""
+    try:
+        return f"{value!r:.200}"
+    except Exception:  # an integer of 5,000 digits, a class whose `__repr__` raises
+        return f"<{type(value).__name__} that cannot be shown>"
 
 
 def trace(error: BaseException) -> str:

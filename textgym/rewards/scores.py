@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from textgym.rewards.errors import RewardError
+from textgym.rewards.errors import RewardError, shown
 
 FloatArray = NDArray[np.float64]
 
@@ -116,7 +116,7 @@ def as_items(returned: Any, n: int) -> list[Any]:
     else:
         raise TypeError(
             f"a reward over a batch must return a list of {n} values, one per text, "
-            f"got {type(returned).__name__}: {returned!r:.200}"
+            f"got {type(returned).__name__}: {shown(returned)}"
         )
     if len(items) != n:
         raise ValueError(f"a reward returned {len(items)} values for {n} texts")
