@@ -61,6 +61,13 @@ def test_an_answer_at_which_the_scorer_fails_gets_the_worst():
     assert scores.status == ["text: scorer: ValueError", None, "text: too long", None]
 
 
+def test_what_is_no_number_is_as_good_as_none():
+    prompts, reward = reasoning_gym_task("complex_arithmetic", size=1, seed=1)
+    texts = ["nan", "NaN+NaNi", "-nanj", "<answer> nan </answer>", str(prompts[0]["answer"])]
+    scores = reward.evaluate(TextBatch.from_texts(texts, [prompts[0]] * len(texts)))
+    assert scores.values.tolist() == [0.0, 0.0, 0.0, 0.0, 1.0]
+
+
 def test_where_the_answer_is():
     for text, either, tag in [
         ("<answer> 4 </answer>", "4", "4"),

@@ -35,8 +35,9 @@ class ReasoningGym(PooledVerifier):
     The scorers are library code over hostile strings, so they run in the worker pool: an answer
     that makes one hang, fill the memory or raise gets 0. Some run the answer as Python; here none
     does (`textgym.rewards.reasoning_guard`). Some are lenient, which is left as it is:
-    `game_of_life_halting` pays any answer, `puzzle24` any four numbers that make 24, and the
-    integrations the question written back as an `Integral`.
+    `game_of_life_halting` pays any answer, `coin_flip` pays 1.0 for `0`, the first digit of most
+    answers, `puzzle24` any four numbers that make 24, and the integrations the question written
+    back as an `Integral`. A NaN where none is due gets 0.
 
     Columns: `entry`, as `reasoning_gym_task` writes it. Cost: one call of the scorer; a worker
     starts in seconds. Statuses of what could not be judged: `too long` (over 20,000 characters),

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from typing import Any
 
 import reasoning_gym
 
 from textgym.rewards.reasoning_guard import disarm, vet
+
+# A number that is none is as near to the right one as any: `min(1.0, nan)` is 1.0, which is what
+# complex_arithmetic pays for it (0.1.25).
+NAN = re.compile(r"(?<![a-z])nan[ij]?(?![a-z])", re.I)
 
 disarm()
 
@@ -34,6 +39,8 @@ def score(name: str, config: str, entry: str, answer: str) -> float | str:
     """
     dataset = _dataset(name, config)
     known = _entry(name, config, entry)
+    if NAN.search(answer) and not NAN.search(str(known["answer"])):
+        return 0.0
     try:
         return float(dataset.score_answer(answer=answer, entry=known))
     except (MemoryError, RecursionError):
