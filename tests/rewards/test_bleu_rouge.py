@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 
-from textgym.rewards import Bleu, RewardColumnError, Rouge, TextBatch
+from textgym.rewards import Bleu, Meteor, RewardColumnError, Rouge, Ter, TextBatch
 
 REFERENCES = ["the cat sat on the mat", "A cat sat on the mat, didn't it?", "on the mat: a cat."]
 # What the tokenizers treat in a special way, and what they could trip over.
@@ -193,6 +193,27 @@ def test_long_references_do_not_pile_up(monkeypatch):
     grown = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert grown < 1_000_000  # bytes; all of them would take 6 million
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        *(Bleu(), Bleu(lowercase=True), Bleu(tokenize="intl"), Bleu(tokenize="zh"), Ter(low=-1e9)),
+        *(Rouge(use_stemmer=True), Meteor()),
+    ],
+)
+def test_long_texts_are_not_kept(reward):
+    def score(number):
+        text = f"{number}a" * 10_000
+        reward.score(TextBatch.from_texts([text, f"{text}."], [row("a cat")] * 2))
+
+    score(99)
+    tracemalloc.start()
+    for number in range(20):
+        score(number)
+    grown = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert grown < 200_000  # bytes; the texts themselves are 1.2 million
 
 
 @pytest.mark.parametrize("references", [None, [], 3, ["a", None]])

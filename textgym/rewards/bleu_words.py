@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 # The tokenizers with a cursor; they need neither a model nor an optional package.
 STEPWISE = ("13a", "none", "char", "zh", "intl")
@@ -48,7 +48,18 @@ def make_tokenizer(name: str) -> Callable[[str], str]:
     elif name not in STEPWISE:
         _check_model(name)
     metric: Any = BLEU(tokenize=name)
-    return cast(Callable[[str], str], metric.tokenizer)
+    return forgetful(metric.tokenizer)
+
+
+def forgetful(tokenizer: Any) -> Callable[[str], str]:
+    """Give a tokenizer of sacrebleu's that keeps no text.
+
+    Its own keep the last 65,536, each of several stages: gigabytes of what a policy has written.
+    """
+    if hasattr(tokenizer, "_post_tokenizer"):
+        tokenizer._post_tokenizer = forgetful(tokenizer._post_tokenizer)
+    call = type(tokenizer).__call__
+    return functools.partial(getattr(call, "__wrapped__", call), tokenizer)
 
 
 def _check_model(name: str) -> None:

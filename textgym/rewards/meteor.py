@@ -30,7 +30,7 @@ from textgym.rewards.batch import TextBatch
 from textgym.rewards.meteor_alignment import Match, align
 from textgym.rewards.scores import FloatArray
 from textgym.rewards.text_metric import TextMetric
-from textgym.rewards.words import caption_words
+from textgym.rewards.words import caption_words, remembered
 
 ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
 STAGE_WEIGHTS = (1.0, 0.6, 0.8)  # exact, stem, synonym
@@ -94,14 +94,14 @@ class Meteor(TextMetric):
         """Give the stemmer of METEOR 1.5."""
         from nltk.stem.snowball import EnglishStemmer
 
-        return functools.lru_cache(CACHED_WORDS)(EnglishStemmer().stem)
+        return remembered(EnglishStemmer().stem, CACHED_WORDS)
 
     @functools.cached_property
     def senses(self) -> Callable[[str], Collection[object]] | None:
         """Give what lists the senses of a word; None without synonyms."""
         if not self.synonyms:
             return None
-        return functools.lru_cache(CACHED_WORDS)(self.wordnet.synsets)
+        return remembered(self.wordnet.synsets, CACHED_WORDS)
 
     @functools.cached_property
     def wordnet(self) -> Any:

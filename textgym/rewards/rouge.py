@@ -23,6 +23,7 @@ from textgym.rewards.rouge_counts import (
 )
 from textgym.rewards.rouge_lsum import LsumCursor, LsumTarget
 from textgym.rewards.text_metric import TextMetric
+from textgym.rewards.words import remembered
 
 CACHED_PROMPTS = 1024
 CACHED_WORDS = 1 << 15
@@ -71,7 +72,7 @@ class Rouge(TextMetric):
             return lambda run: (run,)
         from rouge_score.tokenizers import DefaultTokenizer
 
-        return functools.lru_cache(CACHED_WORDS)(DefaultTokenizer(use_stemmer=True).tokenize)
+        return remembered(DefaultTokenizer(use_stemmer=True).tokenize, CACHED_WORDS)
 
     @functools.cached_property
     def target(self) -> Callable[[tuple[str, ...]], GramTarget | LcsTarget | LsumTarget]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from textgym.rewards.base import Corpus, Example
 from textgym.rewards.batch import TextBatch
+from textgym.rewards.bleu_words import forgetful
 from textgym.rewards.scores import FloatArray
 from textgym.rewards.text_metric import TextMetric
 
@@ -74,13 +75,15 @@ class Ter(TextMetric):
         from sacrebleu.metrics.ter import TER
 
         def make(references: tuple[str, ...]) -> TER:
-            return TER(
+            metric = TER(
                 normalized=self.normalized,
                 no_punct=self.no_punct,
                 asian_support=self.asian_support,
                 case_sensitive=self.case_sensitive,
                 references=[[reference] for reference in references],
             )
+            vars(metric)["tokenizer"] = forgetful(metric.tokenizer)
+            return metric
 
         return functools.lru_cache(CACHED_PROMPTS)(make)
 

@@ -6,8 +6,14 @@ of text looks across it. So a cursor splits only what follows the last white spa
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LONGEST_REMEMBERED = 64
 
 _RUN = re.compile(
     r"(?<!\w)'(?:s|re|ve|ll|d|m)(?!\w)"  # a clitic that stands alone, as in text split before
@@ -42,6 +48,15 @@ def caption_words(text: str) -> list[str]:
 def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """List the n-grams of a sequence of words."""
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def remembered(function: Callable[[str], T], most: int) -> Callable[[str], T]:
+    """Remember what a function gives for the words asked for last, but not for endless ones.
+
+    A text without spaces is one word: `most` of those would fill the memory.
+    """
+    known = functools.lru_cache(most)(function)
+    return lambda word: known(word) if len(word) <= LONGEST_REMEMBERED else function(word)
 
 
 class GrowingText:
