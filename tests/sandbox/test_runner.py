@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,30 @@ def test_a_fork_has_zygotes_of_its_own(runner):
         assert pickle.loads(pipe.read()) == [["ok", 25]]
     os.waitpid(child, 0)
     assert runner.map([calls(SQUARE, 3)])[0].answers == [["ok", 9]]
+
+
+def test_a_fork_in_the_middle_of_a_job_does_not_hold_its_stdin_open():
+    single = CodeRunner(workers=1, require="limited")
+    _ = single.report
+    code = "import sys, time\ntime.sleep(0.5)\nprint(len(sys.stdin.read()))"
+    job = Job(code=code, stdin="x" * 1_000_000, wall_seconds=5.0)
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(single.map([job])))
+    thread.start()
+    time.sleep(0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks where there are threads
+        child = os.fork()
+    if child == 0:
+        time.sleep(20)
+        os._exit(0)
+    try:
+        thread.join()
+        assert found[0].status == "ok" and found[0].output == b"1000000\n"
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        single.close()
 
 
 def test_a_killed_zygote_is_no_fault_of_the_program():

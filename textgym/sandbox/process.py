@@ -60,6 +60,7 @@ class Zygote:
     def __init__(self) -> None:
         self.missing: tuple[str, ...] = ()
         self.starts = 0
+        self._talk: _Talk | None = None
         self._start()
 
     def _start(self) -> None:
@@ -103,6 +104,8 @@ class Zygote:
     def forget(self) -> None:
         """Let go of a zygote that belongs to the process of which this one is a fork."""
         self._end.detach()
+        if self._talk is not None:
+            self._talk.close_inbox()  # else the program would wait for the end of its stdin
         self.process.returncode = 0  # not ours to wait for
         self.control.close()
         if self.process.stderr is not None:
@@ -146,6 +149,7 @@ class Zygote:
             raise ZygoteDiedError("the zygote of the sandbox has ended")
         inbox, outbox = os.pipe(), os.pipe()
         talk = _Talk(self.control.fileno(), inbox[1], outbox[0], encode(content) + more)
+        self._talk = talk
         try:
             request = json.dumps({**limits, "missing": self.missing}).encode()
             try:
@@ -164,6 +168,7 @@ class Zygote:
                 raise ZygoteDiedError("the zygote of the sandbox died while it ran a job")
             return end, talk.rest(), stopped
         finally:
+            self._talk = None
             talk.close_inbox()
             os.close(outbox[0])
 
