@@ -122,7 +122,12 @@ def test_entry_point():
         ("```python\n```", ""),
         ("```rust\nfn main() {}\n```", "```rust\nfn main() {}\n```"),
         ("x = '```'", "x = '```'"),
-        ("  ```python\n  x = 1\n  ```", "  x = 1"),
+        ("1. So:\n  ```python\n  if x:\n    y = 1\n  ```", "if x:\n  y = 1"),
+        ("~~~python\nx = '```'\n```\n~~~", "x = '```'\n```"),
+        ('```Python title="a.py"\nx = 1\n```', "x = 1"),
+        ("```{.python}\nx = 1\n```", "x = 1"),
+        ("```python3.11\nx = 1\n```", "x = 1"),
+        ("```python\nx = 1\n```\nUsage:\n```\nrun x\n```", "x = 1"),
     ],
 )
 def test_find_code(text, code):

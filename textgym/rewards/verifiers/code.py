@@ -20,8 +20,8 @@ LONGEST = 65_536
 class UnitTests(Verifier):
     """1 if the program in the response passes all tests, else 0; or the share that it passes.
 
-    **Accepts** Python: the last fenced block that is marked `python` or not marked, else the whole
-    text; the standard library only. It runs in the sandbox (docs/security.md).
+    **Accepts** Python: the last fenced block marked as such, else the last unmarked one, else the
+    whole text; the standard library only. It runs in the sandbox (docs/security.md).
 
     **The column** holds a list of tests, all of one kind: `{"args": [...], "expected": ...}` calls
     the function with the arguments, `{"stdin": "...", "stdout": "..."}` runs the whole program.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import textwrap
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
@@ -17,6 +19,8 @@ REMEMBERED = 65_536
 # Enough to start a program: one that is killed before would count as a failure of the sandbox.
 LEAST_CPU_SECONDS = 0.02
 PYTHON = ("", "python", "python3", "py")
+# Three backticks or tildes, and what may come before the name of a language: "{.", a space.
+_FENCE = re.compile(r"\s*(`{3}|~{3})[`~]*\s*\{?\.?([\w.+#-]*)")
 REASONS = ("memory", "recursion", "exception", "not plain")
 
 
@@ -158,26 +162,26 @@ class Task:
 
 
 def find_code(text: str) -> str:
-    """Give the last fenced block of Python in a text, else the whole text.
+    """Give the last fenced block marked as Python, else the last unmarked one, else the whole text.
 
-    A fence is a line that begins with three backticks. One that is not closed goes to the end.
+    A fence is a line that begins with three backticks or tildes, perhaps indented as the block is.
+    One that is not closed goes to the end.
     """
-    last: str | None = None
+    found: dict[bool, list[str]] = {}  # the last block, marked or not
     inside: list[str] | None = None
-    language = ""
+    fence = ""
     for line in text.split("\n"):
-        stripped = line.strip()
-        if not stripped.startswith("```"):
-            if inside is not None:
-                inside.append(line)
-        elif inside is None:
-            language, inside = stripped.strip("`").strip().lower(), []
-        else:
-            last = "\n".join(inside) if language in PYTHON else last
-            inside = None
-    if inside is not None and language in PYTHON:
-        last = "\n".join(inside)
-    return text if last is None else last
+        opening = _FENCE.match(line)
+        if inside is not None and (opening is None or opening[1] != fence):
+            inside.append(line)
+        elif inside is not None:
+            inside, fence = None, ""
+        elif opening is not None:
+            fence, language, inside = opening[1], opening[2].lower(), []
+            if language in PYTHON or language.startswith("python3."):
+                found[bool(language)] = inside
+    block = found.get(True, found.get(False))
+    return text if block is None else textwrap.dedent("\n".join(block))
 
 
 def _lines(output: bytes) -> list[bytes]:
