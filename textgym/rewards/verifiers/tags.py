@@ -79,6 +79,9 @@ class InTag(Reward):
     **Accepts** what the other reward does, and has its columns, range and statuses. **Cost** that
     of the other reward, and time linear in the text.
 
+    Put the sign of a penalty inside, `InTag(-toxicity)`: in `-1 * InTag(toxicity)` the `low` of a
+    response without the tag would be the best there is.
+
     Args:
         reward: The reward of the content.
         tag: The name of the tag.
