@@ -58,7 +58,7 @@ TASKS = {
     "textgym/StopEarly-v0": Kind(40_000, 256, 256, 4, DIAGNOSTIC),
     "textgym/Chain-v0": Kind(160_000, 256, 256, 5, DIAGNOSTIC),
     "textgym/HighLow-v0": Kind(160_000, 256, 256, 3, DIAGNOSTIC),
-    "TextGen-v0": Kind(100_000, 64, 16, 125, TEXT),
+    "TextGen-v0": Kind(100_000, 64, 8, 125, TEXT, minibatches=2),
 }
 
 

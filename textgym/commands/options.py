@@ -22,10 +22,11 @@ from textgym.commands.setup import TaskArgs, default_model
 from textgym.tokens import EMBEDDED
 
 OPTIONS = "run.json"
-SB3_ROWS = 16  # of long rollouts, so that few responses are cut
+SB3_ROWS = 8  # of long rollouts, so that few responses are cut
 _SB3_PPO = {
     "lr": 3e-4,
     "epochs": 2,
+    "minibatches": 2,
     "gae_lambda": 1.0,
     "vf_coef": 0.5,
     "kl_coef": 0.02,
@@ -65,7 +66,7 @@ class TrainArgs(TaskArgs):
     """Go on with the run in --folder, with its options but for those that are given again."""
     num_envs: int = 64
     """Rows of the vector environment; changes speed, not results. With SB3's algorithms it is their
-    `n_envs`, which does, and which a run keeps; the default there is 16."""
+    `n_envs`, which does, and which a run keeps; the default there is 8."""
     device: str = "auto"
     """Where the model lives: "auto" is CUDA if there is any, else the CPU."""
     dtype: str | None = None
