@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from textgym.agents.grpo import GRPO as GRPO
+    from textgym.agents.grpo import GRPOConfig as GRPOConfig
     from textgym.agents.ppo import PPO as PPO
     from textgym.agents.ppo import PPOConfig as PPOConfig
     from textgym.agents.reinforce import REINFORCE as REINFORCE
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from textgym.agents.sft import SFTConfig as SFTConfig
 
 WHERE = {  # name -> module
+    "GRPO": "grpo",
+    "GRPOConfig": "grpo",
     "PPO": "ppo",
     "PPOConfig": "ppo",
     "REINFORCE": "reinforce",
@@ -42,12 +46,14 @@ WHERE = {  # name -> module
 }
 
 __all__ = [
+    "GRPO",
     "PPO",
     "REINFORCE",
     "SB3A2C",
     "SB3PPO",
     "SB3TRPO",
     "SFT",
+    "GRPOConfig",
     "PPOConfig",
     "REINFORCEConfig",
     "SB3A2CConfig",

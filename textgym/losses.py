@@ -103,21 +103,30 @@ class SurrogateLoss(NamedTuple):
     approx_kl: Tensor
     """Mean of (rho - 1) - log rho: k3 of KL(old || new), in nats per token (Schulman 2020)."""
     clip_fraction: Tensor
-    """Share of tokens whose ratio lies outside 1 - clip_coef .. 1 + clip_coef."""
+    """Share of tokens whose ratio lies outside of what it is clipped to."""
     tokens: Tensor
     """How many tokens the means are over."""
 
 
 def clipped_surrogate_loss(
-    logprob: Tensor, old_logprob: Tensor, advantages: Tensor, weights: Tensor, *, clip_coef: float
+    logprob: Tensor,
+    old_logprob: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    *,
+    clip_coef: float,
+    clip_coef_high: float | None = None,
+    sequence: Tensor | None = None,
 ) -> SurrogateLoss:
     """PPO's clipped surrogate.
 
         rho_t = exp(log pi(a_t | s_t) - log pi_old(a_t | s_t))
-        L     = -sum_t w_t * min(rho_t * A_t, clip(rho_t, 1 - c, 1 + c) * A_t)
+        L     = -sum_t w_t * min(rho_t * A_t, clip(rho_t, 1 - c, 1 + c') * A_t)
 
-    Schulman et al. 2017, equation 7. At the first minibatch rho is 1 and the gradient is the policy
-    gradient.
+    Schulman et al. 2017, equation 7, where c' is c; Yu et al. 2025, equation 10 (clip-higher). At
+    the first minibatch rho is 1 and the gradient is the policy gradient. With `sequence` all tokens
+    of a response have one ratio, the geometric mean of theirs (GSPO, Zheng et al. 2025, equation
+    7): then the weights must be those of "sequence" for the loss to be theirs (equation 5).
 
     Args:
         logprob: [M], differentiable.
@@ -125,23 +134,33 @@ def clipped_surrogate_loss(
         advantages: [M], taken as constants.
         weights: [M], from `token_weights`.
         clip_coef: c, above 0.
+        clip_coef_high: c', above 0; None: c.
+        sequence: int64 [M], the response of each token, counted from 0; all tokens of a response
+            must be there.
 
     Raises:
-        ValueError: If shapes differ or `clip_coef` is not above 0.
+        ValueError: If shapes differ, or a coefficient is not above 0.
     """
     _same_shape(logprob=logprob, old_logprob=old_logprob, advantages=advantages, weights=weights)
+    high = clip_coef if clip_coef_high is None else clip_coef_high
     _positive("clip_coef", clip_coef)
+    _positive("clip_coef_high", high)
     advantages = advantages.detach()
     log_ratio = logprob - old_logprob.detach()
+    if sequence is not None:
+        _same_shape(logprob=logprob, sequence=sequence)
+        length = torch.bincount(sequence)
+        mean = log_ratio.new_zeros(len(length)).index_add(0, sequence, log_ratio)
+        log_ratio = (mean / length.clamp(min=1))[sequence]
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
+    clipped = ratio.clamp(1.0 - clip_coef, 1.0 + high)
     loss = -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
     with torch.no_grad():
         used = weights > 0
         tokens = used.sum()
         count = tokens.clamp(min=1)
         k3 = torch.where(used, torch.expm1(log_ratio) - log_ratio, 0.0)
-        outside = used & ((ratio - 1.0).abs() > clip_coef)
+        outside = used & ((ratio < 1.0 - clip_coef) | (ratio > 1.0 + high))
         return SurrogateLoss(loss, k3.sum() / count, outside.sum() / count, tokens)
 
 

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from textgym.agents import PPO, REINFORCE, SFT, PPOConfig, REINFORCEConfig, SFTConfig
+from textgym.agents import (
+    GRPO,
+    PPO,
+    REINFORCE,
+    SFT,
+    GRPOConfig,
+    PPOConfig,
+    REINFORCEConfig,
+    SFTConfig,
+)
 from textgym.checkpoint import CheckpointError
 from textgym.logging import read_metrics
 from textgym.rewards import Cider
@@ -42,6 +51,21 @@ AGENTS = {
     "reinforce": (
         REINFORCE,
         REINFORCEConfig(episodes=8, lr=1e-2, eval_every=3, checkpoint_every=2, warmup_updates=4),
+    ),
+    "grpo": (
+        GRPO,
+        GRPOConfig(
+            episodes=8,
+            group_size=4,
+            epochs=2,
+            minibatches=2,
+            kl_coef=0.1,
+            kl_target=0.5,
+            kl_horizon=100,
+            lr=1e-2,
+            eval_every=3,
+            checkpoint_every=2,
+        ),
     ),
     "sft": (SFT, SFTConfig(batch_size=4, lr=1e-2, eval_every=3, checkpoint_every=2)),
 }

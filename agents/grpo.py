@@ -1,0 +1,448 @@
+"""GRPO and its family: responses to one prompt are judged by one another, without a value function.
+
+Shao et al. 2024, "DeepSeekMath: pushing the limits of mathematical reasoning in open language
+models" (group relative policy optimisation, outcome supervision). Each update samples groups of
+responses, gives every token of a response the advantage of the whole response over its group, and
+takes clipped steps on it. The variants differ in a few numbers of the config; `GRPOConfig.variant`
+has them by name:
+
+- `"grpo"`: advantage (r - mean) / std of the group, averaged over the tokens of each response.
+- `"dr_grpo"`: Liu et al. 2025, "Understanding R1-Zero-like training": no std, a constant
+  normaliser; the expected gradient is the policy gradient times (G - 1) / G.
+- `"dapo"`: Yu et al. 2025: the upper clip is higher, all tokens count alike, no KL. (Groups without
+  variance are counted, `grpo/flat_groups`, and not sampled again.)
+- `"gspo"`: Zheng et al. 2025: one ratio for a response, the geometric mean of its tokens'.
+- `"rloo"`: Ahmadian et al. 2024, "Back to basics": the mean of the others as baseline, KL in the
+  reward, a constant normaliser, one step.
+- `"reinforce++"`: Hu 2025: the return-to-go of rewards less KL, whitened over the batch.
+
+Where this departs from Shao et al. 2024:
+
+1. By default there is no KL (as in most later work). `kl_in="loss"` is theirs, k3, whose gradient
+   is that of a forward KL; `kl_in="reward"` is k1, with the gradient of the reverse KL.
+2. The std of a group is that of a sample (n - 1), as implementations have it, plus 1e-4.
+3. The reference is the policy at the start of training and is not replaced.
+4. Rewards that are paid token by token count by their sum: supervision is of outcomes.
+5. Unscored responses have no weight and do not enter the mean and std of their group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from textgym.kl import k3
+from textgym.learning import (
+    GuardedOptimizer,
+    check_above_0,
+    check_positive,
+    check_rl_config,
+    check_scored,
+    check_setup,
+    learning_rate,
+    microbatches,
+    to_device,
+)
+from textgym.losses import Normaliser, clipped_surrogate_loss, entropy_loss, token_weights
+from textgym.metrics import Means, rollout_metrics, sample_records, spread
+from textgym.returns import FloatArray, IntArray, discounted_returns, group_advantages, whiten
+from textgym.rollout import PromptQueue, check_path, collect
+from textgym.runs import Result, Run, Stateful, evaluate_policy
+from textgym.shaping import (
+    Cut,
+    kl_controller,
+    learned_weights,
+    measured_kl,
+    reward_range,
+    shape_rewards,
+)
+from textgym.streams import generator, mix64
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from textgym.episodes import Episodes
+    from textgym.policies import CausalLMPolicy
+    from textgym.vector import TextGenVectorEnv
+
+_QUEUE, _ROLLOUT, _SHUFFLE = 1, 2, 4  # keys that the run's seed is hashed with
+
+Variant = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++"]
+VARIANTS: dict[Variant, dict[str, Any]] = {
+    "grpo": {},
+    "dr_grpo": {"advantage": "mean", "normaliser": "constant"},
+    "dapo": {"clip_coef_high": 0.28, "normaliser": "token"},
+    "gspo": {"ratio": "sequence", "clip_coef": 3e-4, "clip_coef_high": 4e-4},
+    "rloo": {
+        "advantage": "leave_one_out",
+        "normaliser": "constant",
+        "kl_in": "reward",
+        "epochs": 1,
+        "minibatches": 1,
+    },
+    "reinforce++": {
+        "advantage": "batch",
+        "normaliser": "token",
+        "kl_in": "reward",
+        "group_size": 1,
+    },
+}
+"""What differs from the defaults of `GRPOConfig`, by the variant's name; papers: see the module."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """What GRPO does; every number of it."""
+
+    seed: int = 0
+    """Seed of prompts, draws and shuffles."""
+    episodes: int = 64
+    """Episodes of an update."""
+    group_size: int = 8
+    """Episodes that share a prompt."""
+    path: Literal["step", "sequence"] = "step"
+    """How responses are sampled; both give the same tokens (see `collect`)."""
+    epochs: int = 1
+    """Passes over each batch."""
+    minibatches: int = 1
+    """Gradient steps of a pass, on equal numbers of whole sequences."""
+    microbatch: int | None = None
+    """Sequences in one forward; None: a minibatch. Changes memory, not results."""
+    lr: float = 1e-4
+    """Highest learning rate."""
+    warmup_updates: int = 0
+    """Updates of linear warm-up."""
+    lr_final: float = 1.0
+    """Learning rate at the end, as a share of `lr`; decays linearly over tokens."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    advantage: Literal["standard", "mean", "leave_one_out", "batch"] = "standard"
+    """What a response is compared with: mean and std of its group, the group's mean, the mean of
+    the others; or, token by token, the whole batch (returns-to-go, whitened)."""
+    whiten_floor: float = 0.05
+    """Standard deviation of the batch that is taken at least, as a share of the reward's range."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Whether each token has its own ratio to the sampling policy, or the response has one."""
+    clip_coef: float = 0.2
+    """Ratios are clipped below at 1 - this."""
+    clip_coef_high: float | None = None
+    """Ratios are clipped above at 1 + this; None: `clip_coef`."""
+    normaliser: Normaliser = "sequence"
+    """What the sum over tokens is divided by."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    kl_in: Literal["reward", "loss"] = "loss"
+    """Where the price of KL is paid: as k1 in the reward, or as k3 in the loss."""
+    kl_coef: float = 0.0
+    """Price of one nat of KL to the reference; with `kl_target`, its first value."""
+    kl_target: float | None = None
+    """KL in nats per response that the price is adapted to; None: a fixed price."""
+    kl_horizon: float = 10_000
+    """Episodes over which the price adapts."""
+    exact_kl_episodes: int = 32
+    """Episodes of each batch on which the exact KL is measured; 0: none."""
+    cut: Cut = "keep"
+    """Whether responses cut by the token budget are learned from ("keep") or not ("mask")."""
+    cut_penalty: float = 0.0
+    """Subtracted from the reward of a cut response."""
+    eval_every: int = 10
+    """Updates between held-out evaluations; 0: only before and after."""
+    eval_episodes: int = 64
+    """Held-out prompts of an evaluation."""
+    checkpoint_every: int = 10
+    """Updates between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept; the best is kept besides."""
+    samples: int = 4
+    """Responses written to samples.jsonl at every evaluation."""
+    gamma: float = 1.0
+    """Discount per action; a response is judged as a whole, so it must be 1."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that could not be trained with."""
+        check_rl_config(self)
+        check_positive(self, "epochs", "minibatches")
+        check_above_0(self, "clip_coef", "clip_coef_high")
+        if self.gamma != 1.0:
+            raise ValueError(f"gamma must be 1: responses are judged as a whole; got {self.gamma}")
+        if self.advantage != "batch" and self.group_size < 2:
+            raise ValueError(
+                f"advantage={self.advantage!r} compares responses to one prompt: it needs a "
+                f"group_size of at least 2, got {self.group_size}"
+            )
+
+    @classmethod
+    def variant(cls, name: Variant, **changes: Any) -> GRPOConfig:
+        """The config of a published variant, with changes.
+
+        Raises:
+            ValueError: If there is no such variant.
+        """
+        if name not in VARIANTS:
+            raise ValueError(f"no variant {name!r}, there are {', '.join(VARIANTS)}")
+        return cls(**{**VARIANTS[name], **changes})
+
+
+class GRPO:
+    """The agent; `learn` trains `policy` in place."""
+
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        envs: TextGenVectorEnv,
+        config: GRPOConfig | None = None,
+        *,
+        eval_envs: TextGenVectorEnv | None = None,
+        reference: CausalLMPolicy | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            policy: What is trained; a value head is not used.
+            envs: Made with `autoreset_mode="Disabled"`.
+            config: Default: `GRPOConfig()`.
+            eval_envs: Held-out prompts, made likewise; None: no evaluation.
+            reference: What `kl_coef` prices the distance to. None: the policy as it is now, where
+                there is a price.
+            folder: Where logs and checkpoints go; None: nowhere.
+
+        Raises:
+            ValueError: If the parts do not fit (see `textgym.learning.check_setup`).
+        """
+        self.config = cfg = config or GRPOConfig()
+        self.policy, self.envs, self.eval_envs, self.folder = policy, envs, eval_envs, folder
+        if reference is None and (cfg.kl_coef > 0 or cfg.kl_target is not None):
+            reference = policy.frozen_copy()
+        self.reference = reference
+        for each in (envs, eval_envs):
+            if each is not None:
+                check_setup(policy, each, gamma=cfg.gamma, reference=reference)
+                check_path(cfg.path, each)
+        self.task = envs.unwrapped.task
+        self.optimizer = GuardedOptimizer(
+            policy, lr=cfg.lr, max_grad_norm=cfg.max_grad_norm, weight_decay=cfg.weight_decay
+        )
+        self.queue = PromptQueue(len(self.task.prompts), int(mix64(cfg.seed, _QUEUE)))
+        self.kl = kl_controller(cfg)
+
+    def learn(
+        self,
+        total_tokens: int,
+        *,
+        resume: bool = False,
+        quiet: bool = False,
+        max_updates: int | None = None,
+    ) -> Result:
+        """Train until `total_tokens` action tokens were sampled.
+
+        Args:
+            total_tokens: Of the whole run, unscored ones counted.
+            resume: Go on from the newest checkpoint in `folder`, if there is one.
+            quiet: No progress on standard error.
+            max_updates: End this call, not the run, after so many updates.
+
+        Raises:
+            UnscoredError: If more than 20 % of a batch has no score.
+            NonFiniteError: If five steps in a row were not finite.
+        """
+        cfg, rollout_seed = self.config, int(mix64(self.config.seed, _ROLLOUT))
+        parts: dict[str, Stateful] = {
+            "optimizer": self.optimizer,
+            "queue": self.queue,
+            "kl": self.kl,
+        }
+        with Run(
+            "GRPO",
+            self.policy,
+            cfg,
+            parts,
+            folder=self.folder,
+            total_tokens=total_tokens,
+            resume=resume,
+            quiet=quiet,
+            max_updates=max_updates,
+            evaluate=None if self.eval_envs is None else self._evaluate,
+            reference=self.reference,
+            task=self.task,
+        ) as run:
+            run.begin()
+            while run.wants_more:
+                groups = cfg.episodes // cfg.group_size
+                episodes = collect(
+                    self.policy,
+                    self.envs,
+                    cfg.episodes,
+                    group_size=cfg.group_size,
+                    seed=rollout_seed,
+                    first_episode=run.counters.groups,
+                    prompt_rows=self.queue.take(groups),
+                    path=cfg.path,
+                )
+                run.rollout_done()
+                check_scored(episodes)
+                lr = learning_rate(
+                    cfg.lr,
+                    run.counters.update,
+                    run.progress,
+                    warmup_updates=cfg.warmup_updates,
+                    final=cfg.lr_final,
+                )
+                self.optimizer.set_lr(lr)
+                run.counters.groups += groups
+                shaped, reference, metrics = self._shape(episodes)
+                metrics |= self._update(episodes, shaped, reference, run.counters.update)
+                metrics |= {"optim/lr": lr, "optim/skipped": self.optimizer.skipped}
+                samples = partial(self._samples, episodes, shaped)
+                run.finish_update(metrics, episodes.num_tokens, samples)
+            return run.result()
+
+    def _shape(self, episodes: Episodes) -> tuple[FloatArray, _PricedReference, dict[str, float]]:
+        """Rewards, what the loss needs of the reference, and what to log."""
+        cfg, metrics, kl, beta = self.config, rollout_metrics(episodes), None, self.kl.beta
+        if self.reference is not None:
+            kl, measured = measured_kl(
+                self.policy, self.reference, episodes, controller=self.kl, config=cfg
+            )
+            metrics |= measured
+        in_reward = kl if cfg.kl_in == "reward" else None
+        shaped = shape_rewards(episodes, in_reward, beta=beta, cut_penalty=cfg.cut_penalty)
+        if kl is None or in_reward is not None:
+            return shaped, _PricedReference(episodes.logprob, 0.0), metrics
+        return shaped, _PricedReference(episodes.logprob - kl, beta), metrics
+
+    def _advantages(
+        self, episodes: Episodes, shaped: FloatArray, weights: FloatArray
+    ) -> tuple[FloatArray, dict[str, float]]:
+        """Advantage of each action token [M], and what to log."""
+        cfg = self.config
+        if cfg.advantage == "batch":
+            returns = discounted_returns(shaped, episodes.offsets, 1.0)
+            floor = cfg.whiten_floor * reward_range(self.task.schedule)
+            return whiten(returns, np.repeat(weights, episodes.lengths), floor=floor), {}
+        scores = episodes.per_episode(shaped)
+        advantages, flat = group_advantages(scores, cfg.group_size, weights, cfg.advantage)
+        return np.repeat(advantages, episodes.lengths), {"grpo/flat_groups": float(flat.mean())}
+
+    def _update(
+        self, episodes: Episodes, shaped: FloatArray, reference: _PricedReference, update: int
+    ) -> dict[str, float]:
+        """Epochs of minibatch steps on one batch."""
+        cfg, device = self.config, self.policy.device
+        # What was truncated has no outcome, and no value stands in for it.
+        weights = learned_weights(episodes, cfg.cut) * episodes.terminated
+        advantages, metrics = self._advantages(episodes, shaped, weights)
+        usable = np.flatnonzero(weights > 0)
+        if not len(usable):
+            return metrics
+        token_weight = np.repeat(weights, episodes.lengths)
+        metrics["policy/logprob"] = float(np.average(episodes.logprob, weights=token_weight))
+        steps = min(cfg.minibatches, len(usable))
+        # Normalised over the batch, once; a minibatch is `steps` times its part of that sum.
+        per_token = steps * token_weights(
+            episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens
+        )
+        batch = _Batch(
+            *(
+                to_device(x, device)
+                for x in (per_token, advantages, episodes.logprob, reference.logprob)
+            ),
+            beta=reference.beta,
+        )
+        means, taken = Means(), 0
+        for epoch in range(cfg.epochs):
+            order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)
+            for part in np.array_split(order, steps):
+                found = self._gradient(episodes, batch, part)
+                if not taken:
+                    metrics["ppo/first_ratio_error"] = found["ratio_error"]
+                norm = self.optimizer.step(found["loss"])
+                taken += 1
+                means.add(
+                    loss__policy=found["policy"],
+                    loss__kl=found["kl"],
+                    ppo__approx_kl=found["approx_kl"],
+                    ppo__clip_fraction=found["clip_fraction"],
+                    optim__grad_norm=norm,
+                    policy__entropy=nan if epoch else found["entropy"],  # of the sampling policy
+                )
+        return metrics | means.result() | {"optim/steps": taken}
+
+    def _gradient(self, episodes: Episodes, batch: _Batch, minibatch: IntArray) -> dict[str, float]:
+        """Accumulate the gradient of one minibatch; returns its losses and what to watch."""
+        cfg = self.config
+        sums, means = dict.fromkeys(("loss", "policy", "kl"), 0.0), Means()
+        worst = 0.0
+        for part in microbatches(minibatch, episodes, cfg.microbatch):
+            tokens = episodes.tokens(part)
+            sequences = episodes.batch(part, self.policy.device)
+            new = self.policy.evaluate(sequences, entropy_gradient=cfg.ent_coef != 0)
+            assert new.entropy is not None
+            w, old = batch.weight[tokens], batch.logprob[tokens]
+            surrogate = clipped_surrogate_loss(
+                new.logprob,
+                old,
+                batch.advantage[tokens],
+                w,
+                clip_coef=cfg.clip_coef,
+                clip_coef_high=cfg.clip_coef_high,
+                sequence=sequences.row if cfg.ratio == "sequence" else None,
+            )
+            loss = surrogate.loss
+            if batch.beta:
+                divergence = (w * k3(new.logprob, batch.reference[tokens])).sum()
+                loss = loss + batch.beta * divergence
+                sums["kl"] += float(divergence.detach())
+            if cfg.ent_coef:
+                loss = loss + cfg.ent_coef * entropy_loss(new.entropy, w)
+            loss.backward()  # type: ignore[no-untyped-call]
+            sums["loss"] += float(loss.detach())
+            sums["policy"] += float(surrogate.loss.detach())
+            means.add(
+                len(tokens),
+                approx_kl=float(surrogate.approx_kl),
+                clip_fraction=float(surrogate.clip_fraction),
+                entropy=float(new.entropy.detach().mean()),
+            )
+            worst = max(worst, float((new.logprob.detach() - old).exp().sub(1.0).abs().max()))
+        return means.result() | sums | {"ratio_error": worst}
+
+    def _evaluate(self) -> tuple[dict[str, float], float]:
+        cfg = self.config
+        assert self.eval_envs is not None
+        metrics, _ = evaluate_policy(
+            self.policy, self.eval_envs, cfg.eval_episodes, seed=cfg.seed, path=cfg.path
+        )
+        return metrics, metrics["eval/reward_mean"]
+
+    def _samples(self, episodes: Episodes, shaped: FloatArray) -> Iterator[dict[str, Any]]:
+        chosen = spread(len(episodes), self.config.samples)
+        return sample_records(episodes, self.task.tokenizer, chosen, shaped)
+
+
+@dataclass(frozen=True)
+class _PricedReference:
+    """Log-probabilities under the reference [M], and the price of k3 in the loss."""
+
+    logprob: Any
+    beta: float
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the losses need of each action token, float32 [M] on the policy's device."""
+
+    weight: Tensor
+    advantage: Tensor
+    logprob: Tensor
+    reference: Tensor
+    beta: float
+    """Price of k3 in the loss."""

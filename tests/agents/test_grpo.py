@@ -1,0 +1,186 @@
+"""GRPO and its variants against numbers worked by hand and a slow implementation of the papers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from textgym.agents import GRPO, GRPOConfig
+from textgym.agents.grpo import VARIANTS
+from textgym.episodes import Episodes
+from textgym.returns import group_advantages
+from textgym.rollout import collect
+
+NAMES = list(VARIANTS)
+
+
+def test_advantages_by_hand() -> None:
+    scores, weights = [1.0, 0.0, 0.0, 1.0, 3.0, 9.0, 5.0, 5.0], [1, 1, 1, 1, 1, 0, 1, 1]
+    # The second group has scores 3, 5, 5: mean 13/3, variance ((4/3)**2 + 2 * (2/3)**2) / 2 = 4/3.
+    off = np.array([0.5, -0.5, -0.5, 0.5, -4 / 3, 0.0, 2 / 3, 2 / 3])
+    std = np.repeat([np.sqrt(1 / 3), np.sqrt(4 / 3)], 4) + 1e-4
+    for how, expected in (
+        ("mean", off),
+        ("standard", off / std),
+        ("leave_one_out", off * np.repeat([4 / 3, 3 / 2], 4)),
+    ):
+        found, flat = group_advantages(scores, 4, weights, how)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+        assert not flat.any()
+
+
+@pytest.mark.parametrize("how", ["standard", "mean", "leave_one_out"])
+def test_groups_in_which_there_is_nothing_to_learn(how: Any) -> None:
+    scores = [0.1, 0.1, 0.1, 0.7, np.nan, np.nan, 0.0, 1.0, np.nan]
+    weights = [1, 1, 1, 1, 0, 0, 1, 1, 0]
+    found, flat = group_advantages(scores, 3, weights, how)
+    assert flat.tolist() == [True, True, False]
+    assert not found[:6].any() and found[8] == 0.0 and found[7] == -found[6] > 0
+
+
+@pytest.mark.parametrize(("how", "share"), [("mean", 2 / 3), ("leave_one_out", 1.0)])
+def test_the_expected_gradient_is_the_policy_gradient(how: Any, share: float) -> None:
+    """Every group of three pulls of a bandit with three arms, weighted with its probability."""
+    logits = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    rewards = np.array([1.0, 0.2, -0.4])
+    logp = logits.log_softmax(-1)
+    p = logp.detach().exp().numpy()
+    (expected,) = torch.autograd.grad((logp.exp() * torch.from_numpy(rewards)).sum(), logits)
+    total: Any = 0.0
+    for group in np.ndindex(3, 3, 3):
+        arms = list(group)
+        advantages, _ = group_advantages(rewards[arms], 3, np.ones(3), how)
+        weighted = torch.from_numpy(advantages) * logits.log_softmax(-1)[arms]
+        total = total + float(p[arms].prod()) * weighted.mean()
+    (found,) = torch.autograd.grad(total, logits)
+    torch.testing.assert_close(found, share * expected)
+
+
+def slow_loss(agent: GRPO, episodes: Episodes, kl: bool) -> torch.Tensor:
+    """The objective of each paper, response by response and token by token."""
+    cfg, policy = agent.config, agent.policy
+    reference = agent.reference
+    high = cfg.clip_coef if cfg.clip_coef_high is None else cfg.clip_coef_high
+    scored = [b for b in range(len(episodes)) if episodes.weight[b] > 0]
+    logps, olds, refs, rewards = {}, {}, {}, {}
+    for b in range(len(episodes)):
+        batch = episodes.batch([b])
+        logps[b] = policy.evaluate(batch).logprob.double()
+        olds[b] = torch.from_numpy(episodes.logprob[episodes.tokens([b])]).double()
+        rewards[b] = episodes.reward[episodes.tokens([b])].copy()
+        if reference is not None:
+            with torch.no_grad():
+                refs[b] = reference.evaluate(batch).logprob.double()
+            if cfg.kl_in == "reward":
+                rewards[b] -= cfg.kl_coef * (olds[b] - refs[b]).numpy()
+    total = {b: rewards[b].sum() for b in rewards}
+    everything = np.concatenate([rewards[b][::-1].cumsum()[::-1] for b in scored])
+    tokens = sum(len(rewards[b]) for b in scored)
+    loss = torch.zeros((), dtype=torch.float64)
+    for b in scored:
+        mates = [j for j in scored if episodes.group[j] == episodes.group[b]]
+        got = np.array([total[j] for j in mates])
+        length = len(rewards[b])
+        if cfg.advantage == "batch":
+            to_go = rewards[b][::-1].cumsum()[::-1]
+            advantage = (to_go - everything.mean()) / (everything.std() + 1e-8)
+        else:
+            others = [total[j] for j in mates if j != b]
+            base = {
+                "standard": (total[b] - got.mean()) / (got.std(ddof=1) + 1e-4),
+                "mean": total[b] - got.mean(),
+                "leave_one_out": total[b] - np.mean(others),
+            }[cfg.advantage]
+            advantage = np.full(length, base)
+        weight = {
+            "sequence": 1 / (len(scored) * length),
+            "token": 1 / tokens,
+            "constant": 1 / (len(scored) * agent.task.max_new_tokens),
+        }[cfg.normaliser]
+        ratios = (logps[b] - olds[b]).exp()
+        if cfg.ratio == "sequence":
+            ratios = (logps[b] - olds[b]).mean().exp().expand(length)
+        for t in range(length):
+            rho, a = ratios[t], advantage[t]
+            kept = rho.clamp(1 - cfg.clip_coef, 1 + high)
+            loss = loss - weight * torch.minimum(rho * a, kept * a)
+            if kl:
+                log = refs[b][t] - logps[b][t]
+                loss = loss + cfg.kl_coef * weight * (log.exp() - log - 1)
+    return loss
+
+
+@pytest.mark.parametrize("kl_in", [None, "reward", "loss"])
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_and_gradient_are_those_of_the_papers(
+    name: Any, kl_in: Any, make_envs: Any, make_policy: Any
+) -> None:
+    changes: dict[str, Any] = {"episodes": 12, "epochs": 1, "minibatches": 1, "microbatch": 5}
+    if name != "reinforce++":
+        changes["group_size"] = 4
+    if name == "gspo":  # whose own range would clip all that the noise below changes
+        changes |= {"clip_coef": 0.05, "clip_coef_high": 0.1}
+    if kl_in is not None:
+        changes |= {"kl_in": kl_in, "kl_coef": 0.3}
+    config = GRPOConfig.variant(name, **changes)
+    policy = make_policy(seed=1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(3.0)
+    reference = None if kl_in is None else make_policy(seed=2).frozen_copy()
+    agent = GRPO(policy, make_envs(), config, reference=reference)
+    episodes = collect(policy, agent.envs, 12, group_size=config.group_size, seed=3)
+    episodes.weight[5] = 0.0
+    episodes.reward[:] += np.random.default_rng(0).normal(size=episodes.num_tokens)
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # some ratios are clipped, and some are not
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise))
+
+    trained = agent.optimizer.parameters
+    wanted = slow_loss(agent, episodes, kl_in == "loss")
+    gradient = torch.autograd.grad(wanted, trained, allow_unused=True)
+    kept: list[Any] = []
+
+    def step(loss: float) -> float:
+        kept.append(loss)
+        kept.extend(None if p.grad is None else p.grad.clone() for p in trained)
+        return 0.0
+
+    policy.zero_grad()
+    agent.optimizer.step = step  # type: ignore[method-assign]
+    shaped, priced, _ = agent._shape(episodes)
+    metrics = agent._update(episodes, shaped, priced, 0)
+    assert 0.0 < metrics["ppo/clip_fraction"] < 1.0
+    assert kept[0] == pytest.approx(float(wanted.detach()), rel=1e-4, abs=1e-6)
+    assert max(float(g.abs().max()) for g in gradient if g is not None) > 1e-3
+    for found, exact in zip(kept[1:], gradient, strict=True):
+        if exact is None:
+            assert found is None or not found.any()
+        else:
+            torch.testing.assert_close(found, exact, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_variant_learns(name: Any, make_envs: Any, make_policy: Any) -> None:
+    config = GRPOConfig.variant(name, episodes=32, lr=2e-2, eval_every=0)
+    result = GRPO(make_policy(), make_envs(num_envs=32), config).learn(32 * 4 * 25, quiet=True)
+    first, last = result.history[0], result.history[-1]
+    assert first["rollout/reward_mean"] < 0.4 and last["rollout/reward_mean"] > 0.8
+    assert first["ppo/first_ratio_error"] < 1e-4
+
+
+def test_what_cannot_be_compared_is_refused(make_envs: Any, make_policy: Any) -> None:
+    with pytest.raises(ValueError, match="group_size of at least 2, got 1"):
+        GRPOConfig(group_size=1)
+    with pytest.raises(ValueError, match="gamma must be 1"):
+        GRPOConfig(gamma=0.9)
+    with pytest.raises(ValueError, match="clip_coef_high must be above 0"):
+        GRPOConfig(clip_coef_high=0.0)
+    with pytest.raises(ValueError, match="there are grpo, dr_grpo"):
+        GRPOConfig.variant("gpro")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one of"):
+        group_advantages([0.0, 1.0], 2, [1, 1], "median")  # type: ignore[arg-type]
