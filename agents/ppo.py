@@ -72,6 +72,7 @@ from textgym.shaping import (
     kl_controller,
     learned_weights,
     priced_rewards,
+    reward_range,
 )
 from textgym.streams import generator, mix64
 
@@ -127,6 +128,8 @@ class PPOConfig:
     """Weight of the entropy bonus."""
     whiten: bool = True
     """Whether advantages are given mean 0 and standard deviation 1 over action tokens."""
+    whiten_floor: float = 0.05
+    """Standard deviation that whitening takes at least, as a share of the range of the reward."""
     normaliser: Normaliser = "token"
     """What the sum over tokens is divided by."""
     target_kl: float | None = None
@@ -340,7 +343,8 @@ class PPO:
             return metrics
         metrics["policy/logprob"] = float(np.average(episodes.logprob, weights=token_weight))
         if cfg.whiten:
-            advantages = whiten(advantages, token_weight)
+            floor = cfg.whiten_floor * reward_range(self.task.schedule, self.scale)
+            advantages = whiten(advantages, token_weight, floor=floor)
         steps = min(cfg.minibatches, len(usable))
         # Normalised over the batch, once; a minibatch is `steps` times its part of that sum.
         per_token = steps * token_weights(

@@ -62,6 +62,7 @@ from textgym.shaping import (
     kl_controller,
     learned_weights,
     priced_rewards,
+    reward_range,
 )
 from textgym.streams import mix64
 
@@ -108,6 +109,8 @@ class REINFORCEConfig:
     """Discount per action."""
     whiten: bool = False
     """Whether advantages are given mean 0 and standard deviation 1 over action tokens."""
+    whiten_floor: float = 0.05
+    """Standard deviation that whitening takes at least, as a share of the range of the reward."""
     normaliser: Normaliser = "constant"
     """What the sum over tokens is divided by; only "constant" gives the policy gradient."""
     ent_coef: float = 0.0
@@ -323,7 +326,8 @@ class REINFORCE:
         else:
             advantages = returns
         if cfg.whiten:
-            advantages = whiten(advantages, token_weight)
+            floor = cfg.whiten_floor * reward_range(self.task.schedule, self.scale)
+            advantages = whiten(advantages, token_weight, floor=floor)
 
         per_token = token_weights(
             episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens

@@ -17,8 +17,9 @@ Schulman et al. 2017, "Proximal policy optimization algorithms"; the implementat
    must come from values, and those of text explain little.
 7. A few epochs only, and a price for leaving the reference: text is easily ruined.
 8. Advantages are whitened over the rollout, by the buffer, and not over each minibatch, by SB3.
-   Where nearly all responses are right, a minibatch without a wrong one would make the noise of the
-   values as large as any signal: on `Chain-v0` one run in twenty fell from 0.99 to 0 that way.
+   Where all responses of a batch are right, only the error of the values is left, which would be
+   made as large as any signal: on `Chain-v0` one run in ten fell from 1 to 0 that way, in a few
+   updates. The smaller the batch the more often; `whiten_floor` ends it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from textgym.returns import check_unit
 from textgym.runs import Result
 from textgym.sb3 import CausalLMActorCriticPolicy, SequenceRolloutBuffer
 from textgym.sb3.training import Training, check_config, whole_sequences
+from textgym.shaping import reward_range
 
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
@@ -74,6 +76,8 @@ class SB3PPOConfig:
     """Weight of the entropy bonus."""
     whiten: bool = True
     """Whether advantages are given mean 0 and standard deviation 1 over the rollout."""
+    whiten_floor: float = 0.05
+    """Standard deviation that whitening takes at least, as a share of the range of the reward."""
     target_kl: float | None = None
     """Approximate KL to the sampling policy, nats per token, at 1.5 times which an update ends."""
     kl_coef: float = 0.0
@@ -180,5 +184,9 @@ def ppo_options(config: SB3PPOConfig, training: Training) -> dict[str, Any]:
         "max_grad_norm": config.max_grad_norm,
         "target_kl": config.target_kl,
         "normalize_advantage": False,  # which is by minibatch
-        "rollout_buffer_kwargs": {"seed": config.seed, "whiten": config.whiten},
+        "rollout_buffer_kwargs": {
+            "seed": config.seed,
+            "whiten": config.whiten,
+            "whiten_floor": config.whiten_floor * reward_range(training.task.schedule),
+        },
     }

@@ -147,6 +147,9 @@ def test_whiten_by_hand() -> None:
     np.testing.assert_allclose(got, [-1, 1, 0], atol=1e-7)
     np.testing.assert_array_equal(whiten([5.0, 5.0], [1, 1]), [0, 0])
     np.testing.assert_array_equal(whiten([5.0, 6.0], [0, 0]), [0, 0])
+    # A standard deviation of 0.01 is taken for 0.05, one of 1 for itself.
+    np.testing.assert_allclose(whiten([0.99, 1.01], [1, 1], floor=0.05), [-0.2, 0.2], atol=1e-6)
+    np.testing.assert_allclose(whiten([1.0, 3.0], [1, 1], floor=0.05), [-1, 1], atol=1e-6)
 
 
 @given(st.integers(2, 30), st.integers(0, 2**32 - 1), st.floats(0.01, 100.0))

@@ -141,7 +141,14 @@ def check_rl_config(config: Any) -> None:
     check_above_0(config, "max_grad_norm")
 
 
-NOT_NEGATIVE = ("warmup_updates", "lr_final", "vf_coef", "exact_kl_episodes", "samples")
+NOT_NEGATIVE = (
+    "warmup_updates",
+    "lr_final",
+    "vf_coef",
+    "whiten_floor",
+    "exact_kl_episodes",
+    "samples",
+)
 """Fields of configs that sample, where they have them, that may be 0 and no less."""
 
 

@@ -167,11 +167,15 @@ def gae(
     return advantages, advantages + v
 
 
-def whiten(advantages: Any, weights: Any, *, eps: float = 1e-8) -> FloatArray:
+def whiten(advantages: Any, weights: Any, *, floor: float = 0.0, eps: float = 1e-8) -> FloatArray:
     """Give the advantages of action tokens weighted mean 0 and standard deviation 1.
 
-        A'_t = (A_t - mean) / (std + eps)
+        A'_t = (A_t - mean) / (max(std, floor) + eps)
         mean = sum(w * A) / sum(w),    std**2 = sum(w * (A - mean)**2) / sum(w)
+
+    Where all responses earn the same, what is left of the advantages is the error of the values;
+    without a floor it would be made as large as any signal, and push a policy that has learned
+    everything away from it, update after update.
 
     The standard deviation is that of the population, so that it does not depend on how weights are
     scaled. There is no padding in a flat list, and tokens of weight 0 (unscored episodes) enter
@@ -180,6 +184,7 @@ def whiten(advantages: Any, weights: Any, *, eps: float = 1e-8) -> FloatArray:
     Args:
         advantages: [M]; may hold anything where the weight is 0.
         weights: [M], at least 0.
+        floor: The standard deviation is not taken smaller, in units of reward.
         eps: Added to the standard deviation; equal advantages become 0.
 
     Returns:
@@ -202,7 +207,7 @@ def whiten(advantages: Any, weights: Any, *, eps: float = 1e-8) -> FloatArray:
         return np.zeros_like(a)
     centred = np.where(used, a - (w * a).sum() / total, 0.0)
     std = math.sqrt((w * centred**2).sum() / total)
-    return np.asarray(centred / (std + eps))
+    return np.asarray(centred / (max(std, floor) + eps))
 
 
 def explained_variance(values: Any, returns: Any, weights: Any | None = None) -> float:
@@ -330,6 +335,60 @@ def leave_one_out(returns: Any, group_size: int, weights: Any | None = None) -> 
     baseline: FloatArray = np.zeros_like(totals)
     np.divide(totals, shares, out=baseline, where=shares > 0)
     return baseline
+
+
+GroupAdvantage = Literal["standard", "mean", "leave_one_out"]
+"""What a response is compared with: mean and std of its group, its mean, or that of the others."""
+
+
+def group_advantages(
+    scores: Any, group_size: int, weights: Any, how: GroupAdvantage
+) -> tuple[FloatArray, NDArray[np.bool_]]:
+    """Advantage of each response over those to the same prompt.
+
+        "standard"       A_i = (r_i - mean) / (std + 1e-4)      (Shao et al. 2024, section 4.1.2)
+        "mean"           A_i = r_i - mean                       (Liu et al. 2025, equation 2)
+        "leave_one_out"  A_i = r_i - mean of the others         (Kool et al. 2019, equation 8)
+
+    The mean and the standard deviation (of a sample, n - 1) are those of the group's responses of
+    positive weight. "mean" is (n - 1) / n of "leave_one_out", for which it adds no bias; "standard"
+    does: groups that nearly agree weigh more.
+
+    Args:
+        scores: [B], of responses whose groups lie one after another.
+        group_size: Responses of a group G, at least 2.
+        weights: [B], at least 0; responses of weight 0 (unscored) do not count and get 0.
+        how: Which of the three.
+
+    Returns:
+        Advantages float64 [B], and bool [B / G]: the groups in which there is nothing to learn,
+        because all scores are equal or fewer than two responses have one.
+
+    Raises:
+        ValueError: If B is no multiple of `group_size`, shapes differ, or a score is not finite.
+    """
+    w = check_vector("weights", weights, len(scores))
+    used = w > 0
+    r = check_vector("scores", np.where(used, scores, 0.0))
+    if group_size < 2 or len(r) % group_size:
+        raise ValueError(
+            f"group_size must be at least 2 and divide the episodes, got {group_size} for {len(r)}"
+        )
+    r, used = r.reshape(-1, group_size), used.reshape(-1, group_size)
+    n = used.sum(axis=1, keepdims=True)
+    mean = r.sum(axis=1, keepdims=True) / np.maximum(n, 1)
+    off = np.where(used, r - mean, 0.0)
+    spread = np.sqrt(np.square(off).sum(axis=1, keepdims=True) / np.maximum(n - 1, 1))
+    largest = np.abs(off).max(axis=1)
+    flat = largest <= 1e-9 * np.maximum(1.0, np.abs(mean[:, 0]))
+    off[flat] = 0.0  # what is left there is rounding
+    if how == "standard":
+        off = off / (spread + 1e-4)
+    elif how == "leave_one_out":
+        off = off * n / np.maximum(n - 1, 1)
+    elif how != "mean":
+        raise ValueError(f"how must be one of {list(get_args(GroupAdvantage))}, got {how!r}")
+    return off.reshape(-1), flat
 
 
 def episode_sums(values: Any, offsets: Any) -> FloatArray:

@@ -130,6 +130,11 @@ def check_credit_fits(config: Any, schedule: Schedule) -> None:
         )
 
 
+def reward_range(schedule: Schedule, scale: RewardScale | None = None) -> float:
+    """From the worst to the best outcome, in units of the scaled reward."""
+    return (schedule.high - schedule.low) / (1.0 if scale is None else scale.std)
+
+
 def was_cut(episodes: Episodes) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which responses the token budget cut, bool [B], whatever flag the environment set."""
     return np.array([reason == "length" for reason in episodes.stop_reason], bool)
@@ -186,14 +191,7 @@ def priced_rewards(
     """
     beta, kl, metrics = controller.beta, None, {}
     if reference is not None:
-        kl = reference_k1(reference, episodes, config.microbatch)
-        metrics["kl/beta"] = beta
-        metrics["kl/ref"] = kl_per_response(kl, episodes.offsets, episodes.weight)
-        if config.exact_kl_episodes:
-            metrics["kl/ref_exact"] = exact_kl(
-                policy, reference, episodes, config.exact_kl_episodes, config.microbatch
-            )
-        adapt(controller, metrics["kl/ref"], episodes)
+        kl, metrics = measured_kl(policy, reference, episodes, controller=controller, config=config)
     shaped = shape_rewards(
         episodes,
         kl,
@@ -204,6 +202,37 @@ def priced_rewards(
         credit_discount=config.credit_discount,
     )
     return shaped, metrics
+
+
+def measured_kl(
+    policy: CausalLMPolicy,
+    reference: CausalLMPolicy,
+    episodes: Episodes,
+    *,
+    controller: KLController,
+    config: Any,
+) -> tuple[FloatArray, dict[str, float]]:
+    """Measure the distance to a reference, and let the price follow it.
+
+    Args:
+        policy: What sampled the episodes.
+        reference: What the distance is to.
+        episodes: M action tokens.
+        controller: Sets the price; read its `beta` before, for this batch's.
+        config: The agent's; reads `exact_kl_episodes` and `microbatch`.
+
+    Returns:
+        k1 of each action token float64 [M], and what to log, by glossary name.
+    """
+    metrics = {"kl/beta": controller.beta}
+    kl = reference_k1(reference, episodes, config.microbatch)
+    metrics["kl/ref"] = kl_per_response(kl, episodes.offsets, episodes.weight)
+    if config.exact_kl_episodes:
+        metrics["kl/ref_exact"] = exact_kl(
+            policy, reference, episodes, config.exact_kl_episodes, config.microbatch
+        )
+    adapt(controller, metrics["kl/ref"], episodes)
+    return kl, metrics
 
 
 @torch.no_grad()

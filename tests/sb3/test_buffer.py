@@ -181,3 +181,12 @@ def test_a_truncated_episode_is_worth_what_its_last_state_is(
     assert np.abs(worth).min() > 1e-3
     np.testing.assert_allclose(buffer.rewards[2], worth, atol=1e-5)  # the reward itself is 0
     assert len(batch.row) == len(step) == len(row) == 36
+
+
+def test_whitening_has_a_floor(make_algorithm: Any, collect_once: Any) -> None:
+    plain, white = (
+        collect_once(make_algorithm(n_steps=11, rollout_buffer_kwargs=options))
+        for options in ({}, {"whiten": True, "whiten_floor": 7.0})
+    )
+    expected = (plain.advantages - plain.advantages.mean()) / 7.0
+    np.testing.assert_allclose(white.advantages, expected, rtol=1e-4, atol=1e-6)

@@ -108,6 +108,7 @@ class SequenceRollouts:
         whiten: Give the advantages mean 0 and standard deviation 1 over the whole rollout; then
             `PPO(normalize_advantage=False)`, which does it by minibatch, where the few responses
             that differ at the end of training can weigh as much as all others.
+        whiten_floor: Standard deviation that whitening takes at least (see `textgym.returns`).
 
     Attributes:
         store: The sequences.
@@ -149,8 +150,9 @@ class SequenceRollouts:
         n_envs: int = 1,
         seed: int | None = None,
         whiten: bool = False,
+        whiten_floor: float = 0.0,
     ) -> None:
-        self.whiten = whiten
+        self.whiten, self.whiten_floor = whiten, whiten_floor
         self.rng = np.random.default_rng(torch.initial_seed() if seed is None else seed)
         super().__init__(  # type: ignore[call-arg]
             buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs
@@ -202,7 +204,7 @@ class SequenceRollouts:
         super().compute_returns_and_advantage(last_values, dones)  # type: ignore[misc]
         if self.whiten:
             shape, weights = self.advantages.shape, self.counted.ravel().astype(np.float64)
-            white = whiten(self.advantages.ravel(), weights)
+            white = whiten(self.advantages.ravel(), weights, floor=self.whiten_floor)
             self.advantages = white.reshape(shape).astype(np.float32)
 
     def sequences(self, numbers: Ints) -> tuple[SequenceBatch, tuple[Ints, Ints]]:
