@@ -60,6 +60,7 @@ def test_list_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert agent_names() == [
+        "grpo",
         "ppo",
         "reinforce",
         "sb3-a2c",
@@ -239,7 +240,7 @@ def test_rl_is_compared_with_sft_for_equal_time(
         (["--reward", "0.5*blue"], "bleu"),
         (["--reward", "no_such_module:score"], "no_such_module"),
         (["--agent", "sft"], "use `textgym sft`"),
-        (["--agent", "dqn"], "there are ppo, reinforce"),
+        (["--agent", "dqn"], "there are grpo, ppo, reinforce"),
         (["--resume", "--folder", "nowhere"], "holds no run"),
         (["--resume"], "needs --folder"),
         (["--model", "no/such/folder"], "no model folder no/such/folder"),

@@ -11,6 +11,8 @@ import pytest
 from textgym.rewards import (
     Bleu,
     ExactMatch,
+    LengthPenalty,
+    Numeric,
     RewardColumnError,
     TextBatch,
     TextFailure,
@@ -293,3 +295,13 @@ def test_an_exception_in_a_rubric_is_a_failure_and_not_a_zero():
 
     scores = from_rubric(broken).evaluate(batch_of(["4"]))
     assert np.isnan(scores.values[0]) and "KeyError: 'trajectory'" in scores.status[0]
+
+
+def test_trl_is_told_what_is_missing() -> None:
+    short = LengthPenalty(2, 2).trl()
+    assert short(["a"], ["x y z"], completion_ids=[[1, 2, 3]]) == [-0.5]
+    for reward in (LengthPenalty(2, 2), Bleu() + LengthPenalty(2, 2)):
+        with pytest.raises(ValueError, match="pass completion_ids"):
+            reward.trl()(["a"], ["x y z"], references=["x"])
+    with pytest.raises(ValueError, match="expected 2 values a column, one per prompt, got"):
+        Numeric().trl()(["a", "b"], ["42", "7"], answer=["42"])

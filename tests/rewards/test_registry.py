@@ -11,6 +11,8 @@ from textgym.rewards import (
     Reward,
     Schedule,
     TextBatch,
+    as_reward,
+    as_schedule,
     make_reward,
     parse_reward,
 )
@@ -122,3 +124,9 @@ def test_a_parsed_reward_scores_like_the_written_one():
     written = 0.5 * Bleu() * make_reward("rougeL") - make_reward("exact_match")
     parsed = parse_reward("0.5*bleu*rougeL - exact_match")
     assert parsed.evaluate(BATCH).values.tolist() == written.evaluate(BATCH).values.tolist()
+
+
+def test_expressions_are_rewards_wherever_rewards_are_taken() -> None:
+    both = as_schedule("0.5*bleu + 0.5*rougeL")
+    assert both.names == ("bleu", "rougeL") and both.high == 1.0
+    assert as_reward("textgym.rewards:ExactMatch").name == "exact_match"

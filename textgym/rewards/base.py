@@ -85,12 +85,14 @@ class Reward:
         cheap: Scoring a whole text costs so little that a dense schedule needs no cursor.
         reads_only: `score` changes nothing in its batch, so it is not given a copy.
         per_text: The value of a text does not depend on the other texts of its batch.
+        reads_tokens: It needs the token ids of responses, not only their texts.
         judges_content: Nonsense earns little. A reward of form alone, such as a length, says False.
     """
 
     name: str = "reward"
     low: float = 0.0
     high: float = 1.0
+    reads_tokens: bool = False
     cheap: ClassVar[bool] = False
     reads_only: ClassVar[bool] = False
     per_text: ClassVar[bool] = True

@@ -76,6 +76,7 @@ class Sum(Reward):
         self.terms = tuple(terms)
         self.name = _sum_name(self.terms)
         self.low, self.high = weighted_bounds(self.terms)
+        self.reads_tokens = any(part.reads_tokens for _, part in terms)
         self._is_named = False
 
     def named(self, name: str) -> Sum:
@@ -145,6 +146,7 @@ class Product(Reward):
     def __init__(self, left: Reward, right: Reward) -> None:
         self.left, self.right = left, right
         self.name = "*".join(_bracketed(factor) for factor in (left, right))
+        self.reads_tokens = left.reads_tokens or right.reads_tokens
         corners = [a * b for a in (left.low, left.high) for b in (right.low, right.high)]
         self.low, self.high = min(corners), max(corners)
 

@@ -67,8 +67,9 @@ def as_reward(
     """Turn a callable, or the name of a reward, into a `Reward`; a `Reward` is given back.
 
     Args:
-        x: A callable (see the module's table; `async def` runs concurrently), a `Reward`, or a name
-            such as `"bleu"`.
+        x: A callable (`textgym.rewards.functions` has the table of what its parameters may be;
+            `async def` runs concurrently), a `Reward`, or what `parse_reward` reads: `"bleu"`,
+            `"0.5*bleu + 0.5*rougeL"`, `"module:object"`.
         name: The name of the component; the callable's own by default.
         low: The worst value that the callable gives; 0 by default.
         high: The best value that it gives; 1 by default.
@@ -85,9 +86,9 @@ def as_reward(
         ValueError: If the bounds are not finite, or there is a timeout on what cannot be stopped.
     """
     if isinstance(x, str):
-        from textgym.rewards.registry import make_reward
+        from textgym.rewards.registry import parse_reward
 
-        x = make_reward(x)
+        x = parse_reward(x)
     if isinstance(x, type) and issubclass(x, Reward):
         raise TypeError(f"expected a reward, got the class {x.__name__}: write {x.__name__}()")
     if isinstance(x, Reward):

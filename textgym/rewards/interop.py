@@ -20,6 +20,7 @@ from typing import Any
 from textgym.rewards.base import Reward
 from textgym.rewards.batch import TextBatch
 from textgym.rewards.compose import Sum
+from textgym.rewards.errors import RewardColumnError
 from textgym.rewards.functions import as_reward, is_async
 from textgym.rewards.scores import TEXT_FAULT
 from textgym.rewards.service import Service
@@ -58,7 +59,8 @@ class TRLFunction:
 
         Raises:
             RewardColumnError: If the reward reads a column that is not there.
-            ValueError: If there are not as many completions as prompts.
+            ValueError: If there are not as many completions, or values of a column, as prompts; or
+                the reward counts tokens and there are no `completion_ids`.
         """
         n = len(prompts)
         if len(completions) != n:
@@ -68,7 +70,17 @@ class TRLFunction:
             for name, values in columns.items()
             if isinstance(values, list | tuple) and len(values) == n and name != "prompt"
         }
-        self.reward.check(["prompt", *table])
+        if completion_ids is None and self.reward.reads_tokens:
+            raise ValueError(f"reward {self.reward.name!r} counts tokens: pass completion_ids")
+        try:
+            self.reward.check(["prompt", *table])
+        except RewardColumnError as error:
+            other = {k: len(v) for k, v in columns.items() if isinstance(v, list) and len(v) != n}
+            if not other:
+                raise
+            raise ValueError(
+                f"expected {n} values a column, one per prompt, got {other}"
+            ) from error
         batch = TextBatch.from_texts(
             [text_of(completion) for completion in completions],
             [

@@ -11,7 +11,7 @@ from typing import Any
 from textgym.rewards.base import Reward
 from textgym.rewards.batch import Prompt, TextBatch
 from textgym.rewards.errors import TextFailure, check_column, missing_column
-from textgym.rewards.judge_http import Endpoint, JudgeUnavailable, JudgeUsage
+from textgym.rewards.judge_http import Endpoint, JudgeUnavailable, JudgeUsage, http_client
 from textgym.rewards.judge_prompt import Question, read_verdict, write_question
 from textgym.rewards.service import Service
 
@@ -92,6 +92,7 @@ class HTTPJudge(Reward):
             )
         if isinstance(columns, str):
             raise ValueError(f"columns must be a list of names, got the string {columns!r}")
+        http_client()  # says now how to install it, not after a batch was sampled
         self.name, self.rubric, self.scale, self.seed = name, rubric, (low, high), seed
         self.columns, self.show_prompt = tuple(columns), show_prompt
         self.max_chars, self.cache = max_chars, cache

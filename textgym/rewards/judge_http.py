@@ -104,7 +104,7 @@ class Endpoint:
         is that of the `Service`, which holds for the whole request: an answer that comes byte by
         byte would never trip a limit on each read.
         """
-        http = _http()
+        http = http_client()
         if self._tls is None:  # loading the certificates takes 50 ms
             self._tls = http.create_ssl_context() if self.url.startswith("https:") else False
         limits = http.Limits(max_connections=None)
@@ -159,7 +159,7 @@ class Endpoint:
                     if len(content) > self.max_bytes:
                         raise JudgeUnavailable(f"the answer is longer than {self.max_bytes} bytes")
                 return response.status_code, response.headers, bytes(content)
-        except _http().HTTPError as error:
+        except http_client().HTTPError as error:
             said = f": {error}" if str(error) else ""
             raise JudgeUnavailable(self.clean(f"{type(error).__name__}{said}")) from None
 
@@ -233,7 +233,7 @@ class Endpoint:
         self._begin()
 
 
-def _http() -> ModuleType:
+def http_client() -> ModuleType:
     """Import the HTTP client that huggingface_hub brings: httpx2, or httpx in older releases."""
     for name in ("httpx2", "httpx"):
         try:

@@ -32,6 +32,7 @@ class LengthPenalty(Reward):
     cheap = True
     reads_only = True
     judges_content = False
+    reads_tokens = True
     low = -1.0
     high = 0.0
 
@@ -121,6 +122,7 @@ class LengthWindow(Reward):
             raise ValueError(f"expected the unit 'tokens' or 'words', got {unit!r}")
         self.name = "length_window"
         self.shortest, self.longest, self.span, self.unit = shortest, longest, span, unit
+        self.reads_tokens = unit == "tokens"
 
     def score(self, batch: TextBatch) -> FloatArray:
         """Compare the length of each response with the window."""

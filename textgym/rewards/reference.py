@@ -58,6 +58,7 @@ class ReferenceLogProb(Reward):
 
     reads_only = True
     transient = ("_scorer",)
+    reads_tokens = True
 
     def __init__(
         self,

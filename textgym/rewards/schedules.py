@@ -333,6 +333,10 @@ def as_schedule(x: Any, *, strict: bool = False) -> Schedule:
         x: A schedule, or anything that `as_reward` takes.
         strict: Raise failures at once. A schedule that is strict stays so.
     """
+    if isinstance(x, str):
+        from textgym.rewards.registry import parse_reward
+
+        x = parse_reward(x)  # may be a schedule
     schedule = x if isinstance(x, Schedule) else terminal(x)
     return schedule.with_strict(True) if strict and not schedule.strict else schedule
 
