@@ -350,13 +350,11 @@ class GRPO:
         per_token = steps * token_weights(
             episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens
         )
-        batch = _Batch(
-            *(
-                to_device(x, device)
-                for x in (per_token, advantages, episodes.logprob, reference.logprob)
-            ),
-            beta=reference.beta,
+        weight, advantage, logprob, theirs = (
+            to_device(x, device)
+            for x in (per_token, advantages, episodes.logprob, reference.logprob)
         )
+        batch = _Batch(weight, advantage, logprob, theirs, reference.beta)
         means, taken = Means(), 0
         for epoch in range(cfg.epochs):
             order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)

@@ -189,7 +189,8 @@ def priced_rewards(
     Returns:
         Shaped rewards float64 [M], and what to log, by glossary name.
     """
-    beta, kl, metrics = controller.beta, None, {}
+    beta, kl = controller.beta, None
+    metrics: dict[str, float] = {}
     if reference is not None:
         kl, metrics = measured_kl(policy, reference, episodes, controller=controller, config=config)
     shaped = shape_rewards(
