@@ -32,6 +32,14 @@ _SB3_PPO = {
     "kl_coef": 0.02,
 }
 FOR_EMBEDDED: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "lr": 3e-4,
+        "epochs": 2,
+        "minibatches": 2,
+        "kl_in": "reward",
+        "kl_coef": 0.02,
+        "path": "sequence",
+    },
     "ppo": {
         "lr": 3e-4,
         "epochs": 2,
