@@ -11,7 +11,7 @@ import numpy as np
 
 from textgym.rewards.base import Cursor, Reward
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.scores import NO_VALUE, TEXT_FAULT, FloatArray, Scores, is_number
+from textgym.rewards.scores import NO_VALUE, FloatArray, Scores, is_number, text_at_fault
 
 
 def add(left: Reward, right: Any, *, sign: float = 1.0, reverse: bool = False) -> Reward:
@@ -223,8 +223,8 @@ def merge(whole: Reward, values: FloatArray, scored: list[Scores], *, all_needed
         if not reasons and scored:
             continue
         missing = sum(reason == NO_VALUE for reason in reasons)
-        faults = [reason for reason in reasons if reason.startswith(TEXT_FAULT)]
-        failures = [r for r in reasons if r != NO_VALUE and not r.startswith(TEXT_FAULT)]
+        faults = [reason for reason in reasons if text_at_fault(reason)]
+        failures = [r for r in reasons if r != NO_VALUE and not text_at_fault(r)]
         if failures:
             values[i], result.status[i] = math.nan, failures[0]
         elif (missing and all_needed) or missing == len(scored):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from textgym.rewards.base import Cursor, Reward
 from textgym.rewards.batch import TextBatch
-from textgym.rewards.scores import TEXT_FAULT, FloatArray, Scores, with_retry
+from textgym.rewards.scores import FloatArray, Scores, text_at_fault, with_retry
 
 
 @dataclass
@@ -271,7 +271,7 @@ def _spread(found: Scores, rows: list[int], scores: Scores) -> None:
 def settled(scores: Scores, reward: Reward, worst: Literal["low", "high"]) -> FloatArray:
     """Give the values, with the worst one where the text is at fault."""
     for i, status in enumerate(scores.status):
-        if status is not None and status.startswith(TEXT_FAULT):
+        if text_at_fault(status):
             scores.values[i] = getattr(reward, worst)
     return scores.values
 

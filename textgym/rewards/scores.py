@@ -19,6 +19,11 @@ NO_VALUE = "none"
 TEXT_FAULT = "text: "
 
 
+def text_at_fault(status: str | None) -> bool:
+    """Tell whether a status says that the text is at fault, which then has the worst value."""
+    return status is not None and status.startswith(TEXT_FAULT)
+
+
 @dataclass
 class Scores:
     """The outcome of scoring `n` texts.
@@ -40,7 +45,7 @@ class Scores:
             i
             for i, status in enumerate(self.status)
             if status is not None
-            and not status.startswith(TEXT_FAULT)
+            and not text_at_fault(status)
             and not (optional and status == NO_VALUE)
         ]
 
