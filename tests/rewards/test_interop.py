@@ -11,6 +11,7 @@ import pytest
 from textgym.rewards import (
     Bleu,
     ExactMatch,
+    InTag,
     LengthPenalty,
     Numeric,
     RewardColumnError,
@@ -300,7 +301,7 @@ def test_an_exception_in_a_rubric_is_a_failure_and_not_a_zero():
 def test_trl_is_told_what_is_missing() -> None:
     short = LengthPenalty(2, 2).trl()
     assert short(["a"], ["x y z"], completion_ids=[[1, 2, 3]]) == [-0.5]
-    for reward in (LengthPenalty(2, 2), Bleu() + LengthPenalty(2, 2)):
+    for reward in (LengthPenalty(2, 2), Bleu() + LengthPenalty(2, 2), InTag(LengthPenalty(2, 2))):
         with pytest.raises(ValueError, match="pass completion_ids"):
             reward.trl()(["a"], ["x y z"], references=["x"])
     with pytest.raises(ValueError, match="expected 2 values a column, one per prompt, got"):

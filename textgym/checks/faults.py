@@ -72,6 +72,7 @@ class FaultyReward(Reward):
     ) -> None:
         self.reward = as_reward(reward)
         self.name, self.low, self.high = self.reward.name, self.reward.low, self.reward.high
+        self.reads_tokens = self.reward.reads_tokens
         self.chances = {
             "hang": hang,
             "spin": spin,

@@ -14,7 +14,7 @@ from textgym.checks.guard import Outcome
 from textgym.checks.hostile import HOSTILE
 from textgym.checks.report import Check
 from textgym.rewards.base import Example, Reward
-from textgym.rewards.scores import TEXT_FAULT
+from textgym.rewards.scores import text_at_fault
 
 EMPTY = ("", " ", "\n\n")
 GARBAGE = ("qzx vkj wpf", "?! ;; --", "zzz zzz zzz zzz", "I do not know.", "_" * 40)
@@ -275,7 +275,7 @@ def _names(names: list[str]) -> str:
 
 def _is_failure(status: str | None) -> bool:
     """Whether a text has no value; one that is at fault has."""
-    return status is not None and not status.startswith(TEXT_FAULT)
+    return status is not None and not text_at_fault(status)
 
 
 def _short(status: str | None) -> str:

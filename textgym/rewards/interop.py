@@ -22,7 +22,7 @@ from textgym.rewards.batch import TextBatch
 from textgym.rewards.compose import Sum
 from textgym.rewards.errors import RewardColumnError
 from textgym.rewards.functions import as_reward, is_async
-from textgym.rewards.scores import TEXT_FAULT
+from textgym.rewards.scores import text_at_fault
 from textgym.rewards.service import Service
 
 # What verifiers gives a function besides the columns of its dataset.
@@ -93,7 +93,7 @@ class TRLFunction:
         scores = self.reward.evaluate(batch, optional=True)
         return [
             float(value)
-            if math.isfinite(value) and (status is None or status.startswith(TEXT_FAULT))
+            if math.isfinite(value) and (status is None or text_at_fault(status))
             else None
             for value, status in zip(scores.values, scores.status, strict=True)
         ]

@@ -94,6 +94,7 @@ class InTag(Reward):
             raise ValueError(f"a tag must be a name, as 'answer', got {tag!r}")
         self.reward, self.tag = reward, tag
         self.name, self.low, self.high = reward.name, reward.low, reward.high
+        self.reads_tokens = reward.reads_tokens
 
     def check(self, columns: Collection[str]) -> None:
         """Check the columns of the other reward."""
