@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -106,3 +107,56 @@ def test_an_empty_batch_is_empty() -> None:
 def test_an_unknown_episode_is_an_error() -> None:
     with pytest.raises(IndexError):
         make([2, 1]).batch([2])
+
+
+def equal(a: Episodes, b: Episodes) -> bool:
+    """Whether two collections hold the same, fields of every kind."""
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, dict):
+            return list(x) == list(y) and all(same(x[k], y[k]) for k in x)
+        if isinstance(x, np.ndarray):
+            return x.dtype == y.dtype and np.array_equal(x, y, equal_nan=x.dtype.kind == "f")
+        return bool(x == y)
+
+    return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(Episodes))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=9),
+    cut=st.integers(0, 9),
+    gap=st.integers(0, 2),
+    masks=st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_taking_apart_and_joining_gives_it_back(
+    lengths: list[int], cut: int, gap: int, masks: bool
+) -> None:
+    whole = make(lengths, gap, masks)
+    whole.components = {"a": np.arange(sum(lengths)) * 1.0}
+    everything = np.arange(len(lengths))
+    assert equal(whole.take(everything), whole)
+    parts = [whole.take(everything[:cut]), whole.take(everything[cut:])]
+    parts[1].group = parts[1].group - parts[1].group.min(initial=99)  # of its own, from 0
+    assert equal(Episodes.join(parts), whole)
+    back = whole.take(everything[::-1])
+    assert [back.sequence(k).tolist() for k in everything] == [
+        whole.sequence(int(k)).tolist() for k in everything[::-1]
+    ]
+    assert np.array_equal(back.scores, whole.scores[::-1])
+
+
+def test_joining_fills_the_parts_of_a_reward_that_one_lacks() -> None:
+    one, other = make([1, 1]), make([2])
+    one.components, other.components = {"a": np.ones(2)}, {"b": np.ones(2)}
+    joined = Episodes.join([one, other])
+    assert np.array_equal(joined.components["a"], [1, 1, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(joined.components["b"], [np.nan, np.nan, 1, 1], equal_nan=True)
+    assert joined.group.tolist() == [0, 1, 2]
+
+
+def test_what_does_not_fit_is_not_joined() -> None:
+    with pytest.raises(ValueError, match="at least one part"):
+        Episodes.join([])
+    with pytest.raises(ValueError, match="all with action masks or all without"):
+        Episodes.join([make([1]), make([1], masks=True)])

@@ -123,6 +123,64 @@ class Episodes:
         weights = np.nan_to_num(np.asarray(values, np.float64))
         return np.bincount(owner, weights, minlength=len(self)).astype(np.float64)
 
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Episodes:
+        """Some of the episodes, in the order of `indices`; they keep their group."""
+        chosen = np.asarray(indices, np.int64)
+        tokens = self.tokens(chosen)
+        sequences = [self.sequence(int(b)) for b in chosen]
+        return Episodes(
+            ids=np.concatenate([*sequences, np.zeros(0, np.int64)]),
+            starts=_bounds([len(sequence) for sequence in sequences]),
+            offsets=_bounds(self.lengths[chosen]),
+            components={name: values[tokens] for name, values in self.components.items()},
+            packed_masks=None if self.packed_masks is None else self.packed_masks[tokens],
+            traceback=self.traceback,
+            vocab_size=self.vocab_size,
+            **{name: getattr(self, name)[tokens] for name in _OF_TOKENS},
+            **{name: getattr(self, name)[chosen] for name in _OF_EPISODES},
+            **{name: [getattr(self, name)[b] for b in chosen] for name in _LISTS},
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Episodes]) -> Episodes:
+        """Several collections as one; groups are numbered on, one after another.
+
+        Raises:
+            ValueError: There is no part, or they are of different vocabularies, or some have masks
+                and some have none.
+        """
+        if len({(part.vocab_size, part.packed_masks is None) for part in parts}) != 1:
+            raise ValueError(
+                "join needs at least one part, all of one vocabulary and all with action masks or "
+                f"all without; got {[(p.vocab_size, p.packed_masks is not None) for p in parts]}"
+            )
+        names = dict.fromkeys(name for part in parts for name in part.components)
+        first = np.cumsum([0, *(int(part.group.max(initial=-1)) + 1 for part in parts)])
+        tracebacks = [part.traceback for part in parts if part.traceback is not None]
+        masks = [part.packed_masks for part in parts if part.packed_masks is not None]
+        joined: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("ids", *_OF_TOKENS, *_OF_EPISODES)
+        }
+        joined["group"] = np.concatenate(
+            [part.group + number for part, number in zip(parts, first, strict=False)]
+        )
+        return cls(
+            starts=_bounds(np.concatenate([np.diff(part.starts) for part in parts])),
+            offsets=_bounds(np.concatenate([part.lengths for part in parts])),
+            components={
+                name: np.concatenate(
+                    [part.components.get(name, np.full(part.num_tokens, np.nan)) for part in parts]
+                )
+                for name in names
+            },
+            packed_masks=np.concatenate(masks) if masks else None,
+            traceback=tracebacks[0] if tracebacks else None,
+            vocab_size=parts[0].vocab_size,
+            **joined,
+            **{name: [x for part in parts for x in getattr(part, name)] for name in _LISTS},
+        )
+
     def sequence(self, index: int) -> NDArray[np.int64]:
         """Prompt and response of one episode."""
         return self.ids[self.starts[index] : self.starts[index + 1]]
@@ -158,3 +216,23 @@ class Episodes:
             col=torch.from_numpy(self.column[tokens]).to(device),
             action_mask=mask,
         )
+
+
+_OF_TOKENS = ("column", "logprob", "value", "reward")
+_OF_EPISODES = (
+    "prompt_length",
+    "terminated",
+    "truncated",
+    "bootstrap_value",
+    "prompt_row",
+    "stream",
+    "sample_index",
+    "group",
+    "weight",
+)
+_LISTS = ("stop_reason", "texts", "prompts", "status")
+
+
+def _bounds(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each of several stretches starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
