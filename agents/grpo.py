@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from textgym.groups import group_advantages
 from textgym.kl import k3
 from textgym.learning import (
     GuardedOptimizer,
@@ -51,7 +52,7 @@ from textgym.learning import (
 )
 from textgym.losses import Normaliser, clipped_surrogate_loss, entropy_loss, token_weights
 from textgym.metrics import Means, rollout_metrics, sample_records, spread
-from textgym.returns import FloatArray, IntArray, discounted_returns, group_advantages, whiten
+from textgym.returns import FloatArray, IntArray, discounted_returns, whiten
 from textgym.rollout import PromptQueue, check_path, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.shaping import (

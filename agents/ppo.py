@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from textgym.credit import Credit, check_credit
 from textgym.learning import (
     GuardedOptimizer,
     check_above_0,
@@ -53,10 +54,8 @@ from textgym.losses import (
 )
 from textgym.metrics import Means, rollout_metrics, sample_records, spread
 from textgym.returns import (
-    Credit,
     FloatArray,
     IntArray,
-    check_credit,
     check_unit,
     explained_variance,
     gae,
@@ -148,7 +147,7 @@ class PPOConfig:
     """Subtracted from the reward of a cut response."""
     credit: Credit = "last"
     """How a response's score is spread over its tokens: not ("last"), evenly, or discounted back
-    from the end; the latter two bias the gradient (see `textgym.returns.assign_credit`)."""
+    from the end; the latter two bias the gradient (see `textgym.credit.assign_credit`)."""
     credit_discount: float = 0.95
     """Share of credit that a token has of the next one's (credit discounted)."""
     scale_episodes: int = 0

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from textgym.credit import Credit, check_credit
+from textgym.groups import leave_one_out
 from textgym.learning import (
     GuardedOptimizer,
     check_rl_config,
@@ -43,13 +45,10 @@ from textgym.losses import (
 )
 from textgym.metrics import Means, rollout_metrics, sample_records, spread
 from textgym.returns import (
-    Credit,
     FloatArray,
     MovingAverageBaseline,
-    check_credit,
     discounted_returns,
     explained_variance,
-    leave_one_out,
     whiten,
 )
 from textgym.rollout import PromptQueue, check_path, collect
@@ -129,7 +128,7 @@ class REINFORCEConfig:
     """Subtracted from the reward of a cut response."""
     credit: Credit = "last"
     """How a response's score is spread over its tokens: not ("last"), evenly, or discounted back
-    from the end; the latter two bias the gradient (see `textgym.returns.assign_credit`)."""
+    from the end; the latter two bias the gradient (see `textgym.credit.assign_credit`)."""
     credit_discount: float = 0.95
     """Share of credit that a token has of the next one's (credit discounted)."""
     scale_episodes: int = 0

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from textgym.agents import PPO, REINFORCE, PPOConfig, REINFORCEConfig
+from textgym.credit import assign_credit
 from textgym.policies import CausalLMPolicy, random_causal_lm
-from textgym.returns import assign_credit, episode_sums
+from textgym.returns import episode_sums
 from textgym.rewards import Rouge, dense, steps, terminal
 from textgym.rollout import collect
 from textgym.shaping import RewardScale, shape_rewards

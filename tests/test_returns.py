@@ -15,7 +15,6 @@ from textgym.returns import (
     episode_sums,
     explained_variance,
     gae,
-    leave_one_out,
     whiten,
 )
 
@@ -194,19 +193,6 @@ def test_moving_average_baseline() -> None:
     for b in (copy, baseline):
         b.update([0.25])
     assert copy.value == baseline.value
-
-
-def test_leave_one_out_by_hand() -> None:
-    # Groups (1, 2, 6) and (3, unscored, 5); the last group has one scored episode, so it is judged
-    # by the other five: (1 + 2 + 6 + 3 + 5) / 5.
-    returns = [1, 2, 6, 3, math.nan, 5, 7, math.nan, math.nan]
-    weights = [1, 1, 1, 1, 0, 1, 1, 0, 0]
-    got = leave_one_out(returns, 3, weights)
-    np.testing.assert_allclose(got[[0, 1, 2, 3, 5, 6]], [4, 3.5, 1.5, 5, 3, 3.4])
-    np.testing.assert_array_equal(leave_one_out([9.0, 1.0], 2, [1, 0])[0], 0.0)
-    for size, count in ((1, 4), (3, 4)):
-        with pytest.raises(ValueError, match="group_size must be at least 2 and divide"):
-            leave_one_out(np.zeros(count), size)
 
 
 def test_episode_sums() -> None:

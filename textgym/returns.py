@@ -12,16 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-
-Credit = Literal["last", "even", "discounted"]
-"""How the score of a whole response is spread over its actions; see `assign_credit`."""
 
 
 def check_offsets(offsets: Any, tokens: int) -> IntArray:
@@ -302,95 +299,6 @@ class MovingAverageBaseline:
         self.updates = int(state["updates"])
 
 
-def leave_one_out(returns: Any, group_size: int, weights: Any | None = None) -> FloatArray:
-    """Mean return of the other episodes of each episode's group, as its baseline.
-
-        b_i = sum_j w_j G_j / sum_j w_j    over the group of i, without i
-
-    It depends on none of the actions that it judges, so it adds no bias (Kool, van Hoof & Welling
-    2019, "Buy 4 REINFORCE samples, get a baseline for free!", equation 8). An episode whose group
-    has no other of any weight is judged by the rest of the batch.
-
-    Args:
-        returns: [B], of episodes whose groups lie one after another.
-        group_size: Episodes of a group, at least 2.
-        weights: [B], at least 0; episodes of weight 0 (unscored) do not count.
-
-    Returns:
-        float64 [B]; 0 where no other episode has any weight.
-
-    Raises:
-        ValueError: If B is no multiple of `group_size`, shapes differ, or a return is not finite.
-    """
-    w = np.ones(len(returns)) if weights is None else check_vector("weights", weights, len(returns))
-    g = w * check_vector("returns", np.where(w > 0, returns, 0.0))
-    if group_size < 2 or len(g) % group_size:
-        raise ValueError(
-            f"group_size must be at least 2 and divide the episodes, got {group_size} for {len(g)}"
-        )
-    groups = (x.reshape(-1, group_size) for x in (g, w))
-    totals, shares = ((x.sum(axis=1, keepdims=True) - x).reshape(-1) for x in groups)
-    alone = shares <= 0
-    totals[alone], shares[alone] = (g.sum() - g)[alone], (w.sum() - w)[alone]
-    baseline: FloatArray = np.zeros_like(totals)
-    np.divide(totals, shares, out=baseline, where=shares > 0)
-    return baseline
-
-
-GroupAdvantage = Literal["standard", "mean", "leave_one_out"]
-"""What a response is compared with: mean and std of its group, its mean, or that of the others."""
-
-
-def group_advantages(
-    scores: Any, group_size: int, weights: Any, how: GroupAdvantage
-) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Advantage of each response over those to the same prompt.
-
-        "standard"       A_i = (r_i - mean) / (std + 1e-4)      (Shao et al. 2024, section 4.1.2)
-        "mean"           A_i = r_i - mean                       (Liu et al. 2025, equation 2)
-        "leave_one_out"  A_i = r_i - mean of the others         (Kool et al. 2019, equation 8)
-
-    The mean and the standard deviation (of a sample, n - 1) are those of the group's responses of
-    positive weight. "mean" is (n - 1) / n of "leave_one_out", for which it adds no bias; "standard"
-    does: groups that nearly agree weigh more.
-
-    Args:
-        scores: [B], of responses whose groups lie one after another.
-        group_size: Responses of a group G, at least 2.
-        weights: [B], at least 0; responses of weight 0 (unscored) do not count and get 0.
-        how: Which of the three.
-
-    Returns:
-        Advantages float64 [B], and bool [B / G]: the groups in which there is nothing to learn,
-        because all scores are equal or fewer than two responses have one.
-
-    Raises:
-        ValueError: If B is no multiple of `group_size`, shapes differ, or a score is not finite.
-    """
-    w = check_vector("weights", weights, len(scores))
-    used = w > 0
-    r = check_vector("scores", np.where(used, scores, 0.0))
-    if group_size < 2 or len(r) % group_size:
-        raise ValueError(
-            f"group_size must be at least 2 and divide the episodes, got {group_size} for {len(r)}"
-        )
-    r, used = r.reshape(-1, group_size), used.reshape(-1, group_size)
-    n = used.sum(axis=1, keepdims=True)
-    mean = r.sum(axis=1, keepdims=True) / np.maximum(n, 1)
-    off = np.where(used, r - mean, 0.0)
-    spread = np.sqrt(np.square(off).sum(axis=1, keepdims=True) / np.maximum(n - 1, 1))
-    largest = np.abs(off).max(axis=1)
-    flat = largest <= 1e-9 * np.maximum(1.0, np.abs(mean[:, 0]))
-    off[flat] = 0.0  # what is left there is rounding
-    if how == "standard":
-        off = off / (spread + 1e-4)
-    elif how == "leave_one_out":
-        off = off * n / np.maximum(n - 1, 1)
-    elif how != "mean":
-        raise ValueError(f"how must be one of {list(get_args(GroupAdvantage))}, got {how!r}")
-    return off.reshape(-1), flat
-
-
 def episode_sums(values: Any, offsets: Any) -> FloatArray:
     """Sum [M] token values within each episode: float64 [B], 0 for an episode without actions."""
     v = np.asarray(values, np.float64)
@@ -401,68 +309,6 @@ def episode_sums(values: Any, offsets: Any) -> FloatArray:
     if filled.any():
         sums[filled] = np.add.reduceat(v, cuts[:-1][filled])
     return sums
-
-
-def assign_credit(scores: Any, offsets: Any, how: Credit, discount: float = 0.95) -> FloatArray:
-    """Spread the score of each episode over its T actions; the total stays the score.
-
-        "last"        r_T = R, the others 0
-        "even"        r_t = R / T
-        "discounted"  r_t = R * d**(T - t) / sum_k d**(T - k),    k = 1 ... T
-
-    What it does to the gradient. R depends on every action, also on those after the token that a
-    share of it is paid to. A return-to-go at gamma 1 leaves out the shares paid before an action,
-    which the action did help to earn: under "even" an action at t is credited with (T - t + 1) / T
-    of the score. So only "last" has the policy gradient as its expected step; the others trade a
-    bias (early actions count more than late ones, and the more so the longer the response) for
-    rewards that are near what they judge. They suit learners that look only a little ahead: gamma
-    or lambda far below 1, where "last" would not reach the early tokens. At gamma 0 and "even"
-    every action gets R / T, and the expected step is the gradient of E[R / T]: unbiased, for a
-    score per token. A baseline has to be one per token, of the share that is still to come: the
-    learned value, or a reward-to-go averaged by position; the mean of whole returns is too large
-    for late tokens (which biases nothing and adds noise).
-
-    Density without bias is a matter of the schedule: potentials (`dense`), or a response's steps
-    (`steps`).
-
-    Args:
-        scores: [B].
-        offsets: int64 [B + 1].
-        how: See above.
-        discount: d, in [0, 1], of "discounted". 1 is "even", 0 is "last".
-
-    Returns:
-        float64 [M].
-
-    Raises:
-        ValueError: If `how` is none of these, an episode has a score and no action to pay it to, a
-            shape is wrong, a score is not finite or `discount` is outside [0, 1].
-    """
-    check_credit(how, discount)
-    cuts = np.asarray(offsets)
-    cuts = check_offsets(offsets, int(cuts[-1]) if cuts.ndim == 1 and len(cuts) else 0)
-    lengths = np.diff(cuts)
-    total = check_vector("scores", scores, len(lengths))
-    if total[lengths == 0].any():
-        b = int(np.flatnonzero((lengths == 0) & (total != 0))[0])
-        raise ValueError(f"episode {b} has the score {total[b]} and no action to pay it to")
-    after = np.repeat(cuts[1:], lengths) - 1 - np.arange(cuts[-1])  # actions that follow
-    if how == "even":
-        share = np.ones(len(after))
-    else:
-        share = (discount if how == "discounted" else 0.0) ** after.astype(np.float64)
-    return np.repeat(total, lengths) * share / np.repeat(episode_sums(share, cuts), lengths)
-
-
-def check_credit(how: str, discount: float) -> None:
-    """Check the arguments of `assign_credit`.
-
-    Raises:
-        ValueError: If they are not what it takes.
-    """
-    if how not in get_args(Credit):
-        raise ValueError(f"credit must be one of {list(get_args(Credit))}, got {how!r}")
-    check_unit("credit_discount", discount)
 
 
 def _suffix_sums(x: FloatArray, cuts: IntArray, decay: float, last: FloatArray) -> FloatArray:

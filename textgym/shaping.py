@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from textgym.credit import Credit, assign_credit
 from textgym.kl import AdaptiveKL, FixedKL, KLController, k1, kl_per_response
 from textgym.learning import check_scored, microbatches
-from textgym.returns import Credit, FloatArray, assign_credit, episode_sums
+from textgym.returns import FloatArray, episode_sums
 from textgym.rollout import collect
 
 if TYPE_CHECKING:

@@ -11,52 +11,9 @@ import torch
 from textgym.agents import GRPO, GRPOConfig
 from textgym.agents.grpo import VARIANTS
 from textgym.episodes import Episodes
-from textgym.returns import group_advantages
 from textgym.rollout import collect
 
 NAMES = list(VARIANTS)
-
-
-def test_advantages_by_hand() -> None:
-    scores, weights = [1.0, 0.0, 0.0, 1.0, 3.0, 9.0, 5.0, 5.0], [1, 1, 1, 1, 1, 0, 1, 1]
-    # The second group has scores 3, 5, 5: mean 13/3, variance ((4/3)**2 + 2 * (2/3)**2) / 2 = 4/3.
-    off = np.array([0.5, -0.5, -0.5, 0.5, -4 / 3, 0.0, 2 / 3, 2 / 3])
-    std = np.repeat([np.sqrt(1 / 3), np.sqrt(4 / 3)], 4) + 1e-4
-    for how, expected in (
-        ("mean", off),
-        ("standard", off / std),
-        ("leave_one_out", off * np.repeat([4 / 3, 3 / 2], 4)),
-    ):
-        found, flat = group_advantages(scores, 4, weights, how)  # type: ignore[arg-type]
-        np.testing.assert_allclose(found, expected, atol=1e-12)
-        assert not flat.any()
-
-
-@pytest.mark.parametrize("how", ["standard", "mean", "leave_one_out"])
-def test_groups_in_which_there_is_nothing_to_learn(how: Any) -> None:
-    scores = [0.1, 0.1, 0.1, 0.7, np.nan, np.nan, 0.0, 1.0, np.nan]
-    weights = [1, 1, 1, 1, 0, 0, 1, 1, 0]
-    found, flat = group_advantages(scores, 3, weights, how)
-    assert flat.tolist() == [True, True, False]
-    assert not found[:6].any() and found[8] == 0.0 and found[7] == -found[6] > 0
-
-
-@pytest.mark.parametrize(("how", "share"), [("mean", 2 / 3), ("leave_one_out", 1.0)])
-def test_the_expected_gradient_is_the_policy_gradient(how: Any, share: float) -> None:
-    """Every group of three pulls of a bandit with three arms, weighted with its probability."""
-    logits = torch.tensor([0.3, -0.5, 1.1], dtype=torch.float64, requires_grad=True)
-    rewards = np.array([1.0, 0.2, -0.4])
-    logp = logits.log_softmax(-1)
-    p = logp.detach().exp().numpy()
-    (expected,) = torch.autograd.grad((logp.exp() * torch.from_numpy(rewards)).sum(), logits)
-    total: Any = 0.0
-    for group in np.ndindex(3, 3, 3):
-        arms = list(group)
-        advantages, _ = group_advantages(rewards[arms], 3, np.ones(3), how)
-        weighted = torch.from_numpy(advantages) * logits.log_softmax(-1)[arms]
-        total = total + float(p[arms].prod()) * weighted.mean()
-    (found,) = torch.autograd.grad(total, logits)
-    torch.testing.assert_close(found, share * expected)
 
 
 def slow_loss(agent: GRPO, episodes: Episodes, kl: bool) -> torch.Tensor:
@@ -182,5 +139,3 @@ def test_what_cannot_be_compared_is_refused(make_envs: Any, make_policy: Any) ->
         GRPOConfig(clip_coef_high=0.0)
     with pytest.raises(ValueError, match="there are grpo, dr_grpo"):
         GRPOConfig.variant("gpro")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="one of"):
-        group_advantages([0.0, 1.0], 2, [1, 1], "median")  # type: ignore[arg-type]

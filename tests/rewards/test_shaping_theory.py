@@ -10,8 +10,9 @@ import itertools
 import numpy as np
 import pytest
 
+from textgym.credit import assign_credit
 from textgym.mdp import Task, TokenMDP
-from textgym.returns import assign_credit, discounted_returns, gae
+from textgym.returns import discounted_returns, gae
 from textgym.rewards import Reward, dense, steps, terminal
 from textgym.tokens import symbol_tokenizer
 
