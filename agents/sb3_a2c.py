@@ -7,7 +7,7 @@ the implementation is `stable_baselines3.A2C`. The recipe, as far as it differs 
    several times from values that know little.
 2. One gradient step on a whole rollout, so that the learning rate is higher than PPO's.
 3. Adam, not RMSprop: it is what language models are trained with.
-4. Advantages are whitened, as they are for PPO.
+4. Advantages are whitened by the buffer, with a floor, as they are for PPO (see `SB3PPO`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from textgym.returns import check_unit
 from textgym.runs import Result
 from textgym.sb3 import CausalLMActorCriticPolicy, SequenceRolloutBuffer
 from textgym.sb3.training import Training, check_config
+from textgym.shaping import reward_range
 
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
@@ -55,6 +56,8 @@ class SB3A2CConfig:
     """Weight of the entropy bonus."""
     whiten: bool = True
     """Whether advantages are given mean 0 and standard deviation 1 over the rollout."""
+    whiten_floor: float = 0.05
+    """Standard deviation that whitening takes at least, as a share of the range of the reward."""
     kl_coef: float = 0.0
     """Price of one nat of KL to the reference; with `kl_target`, its first value."""
     kl_target: float | None = None
@@ -109,6 +112,11 @@ class SB3A2C:
             folder=folder,
         )
         self.training.batch_size(1)  # one minibatch, which must have two tokens
+        buffer = {
+            "seed": cfg.seed,
+            "whiten": cfg.whiten,
+            "whiten_floor": cfg.whiten_floor * reward_range(self.training.task.schedule),
+        }
         self.algorithm = A2C(
             CausalLMActorCriticPolicy,
             rollout_buffer_class=SequenceRolloutBuffer,
@@ -116,8 +124,8 @@ class SB3A2C:
             ent_coef=cfg.ent_coef,
             vf_coef=cfg.vf_coef,
             max_grad_norm=cfg.max_grad_norm,
-            normalize_advantage=cfg.whiten,
-            **self.training.options,
+            normalize_advantage=False,  # which has no floor
+            **self.training.options | {"rollout_buffer_kwargs": buffer},
         )
 
     def learn(

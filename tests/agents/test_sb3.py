@@ -436,3 +436,19 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_process_alone(make_agen
     assert torch.equal(parameters(first), parameters(second))
     assert np.array_equal(numbers, np.random.get_state()[1])
     torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("name", ["ppo", "a2c"])
+def test_advantages_of_nearly_equal_scores_stay_small(make_agent: Any, name: str) -> None:
+    """Scores differ by 4e-4 of their range at most: a learner has nothing to make much of."""
+    spreads = {}
+    for floor in (0.05, 0.0):
+        config = dataclasses.replace(
+            AGENTS[name][1], kl_coef=0.0, kl_target=None, whiten_floor=floor
+        )
+        agent = make_agent(name, config=config, reward=lambda text: 1e-4 * text.count("a"))
+        agent.learn(1, quiet=True)
+        assert agent.algorithm.normalize_advantage is False  # SB3's own, which has no floor
+        spreads[floor] = agent.algorithm.rollout_buffer.advantages.std()
+    assert 0 < spreads[0.05] < 0.01
+    assert spreads[0.0] == pytest.approx(1.0, abs=1e-3)
