@@ -9,8 +9,8 @@ has them by name:
 - `"grpo"`: advantage (r - mean) / std of the group, averaged over the tokens of each response.
 - `"dr_grpo"`: Liu et al. 2025, "Understanding R1-Zero-like training": no std, a constant
   normaliser; the expected gradient is the policy gradient times (G - 1) / G.
-- `"dapo"`: Yu et al. 2025: the upper clip is higher, all tokens count alike, no KL. (Groups without
-  variance are counted, `grpo/flat_groups`, and not sampled again.)
+- `"dapo"`: Yu et al. 2025: the upper clip is higher, all tokens count alike, no KL, and groups in
+  which all earn the same are replaced by groups of the next prompts (`resample`, section 3.2).
 - `"gspo"`: Zheng et al. 2025: one ratio for a response, the geometric mean of its tokens'.
 - `"rloo"`: Ahmadian et al. 2024, "Back to basics": the mean of the others as baseline, KL in the
   reward, a constant normaliser, one step.
@@ -24,6 +24,10 @@ Where this departs from Shao et al. 2024:
 3. The reference is the policy at the start of training and is not replaced.
 4. Rewards that are paid token by token count by their sum: supervision is of outcomes.
 5. Unscored responses have no weight and do not enter the mean and std of their group.
+6. DAPO samples until its batch is full of groups that differ. Here it stops after `resample` times,
+   and the places that are left keep flat groups: where everything is solved, or nothing is, each
+   update would last for ever. All tokens count toward the run's; `rollout/` is of all that was
+   sampled, the rest (`kl/` too) of what is learned from.
 """
 
 from __future__ import annotations
@@ -36,12 +40,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
+from textgym.episodes import Episodes
 from textgym.groups import group_advantages
 from textgym.kl import k3
 from textgym.learning import (
     GuardedOptimizer,
     check_above_0,
+    check_not_negative,
     check_positive,
     check_rl_config,
     check_scored,
@@ -68,7 +75,6 @@ from textgym.streams import generator, mix64
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from textgym.episodes import Episodes
     from textgym.policies import CausalLMPolicy
     from textgym.vector import TextGenVectorEnv
 
@@ -78,7 +84,7 @@ Variant = Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++"]
 VARIANTS: dict[Variant, dict[str, Any]] = {
     "grpo": {},
     "dr_grpo": {"advantage": "mean", "normaliser": "constant"},
-    "dapo": {"clip_coef_high": 0.28, "normaliser": "token"},
+    "dapo": {"clip_coef_high": 0.28, "normaliser": "token", "resample": 4},
     "gspo": {"ratio": "sequence", "clip_coef": 3e-4, "clip_coef_high": 4e-4},
     "rloo": {
         "advantage": "leave_one_out",
@@ -107,6 +113,9 @@ class GRPOConfig:
     """Episodes of an update."""
     group_size: int = 8
     """Episodes that share a prompt."""
+    resample: int = 0
+    """How often, at most, an update samples groups of the next prompts in place of those whose
+    responses all earn the same."""
     path: Literal["step", "sequence"] = "step"
     """How responses are sampled; both give the same tokens (see `collect`)."""
     epochs: int = 1
@@ -172,12 +181,18 @@ class GRPOConfig:
         check_rl_config(self)
         check_positive(self, "epochs", "minibatches")
         check_above_0(self, "clip_coef", "clip_coef_high")
+        check_not_negative(self, "resample")
         if self.gamma != 1.0:
             raise ValueError(f"gamma must be 1: responses are judged as a whole; got {self.gamma}")
         if self.advantage != "batch" and self.group_size < 2:
             raise ValueError(
                 f"advantage={self.advantage!r} compares responses to one prompt: it needs a "
                 f"group_size of at least 2, got {self.group_size}"
+            )
+        if self.advantage == "batch" and self.resample:
+            raise ValueError(
+                "resample replaces groups in which there is nothing to learn, but advantage="
+                f"'batch' learns from all of them: it needs resample=0, got {self.resample}"
             )
 
     @classmethod
@@ -246,7 +261,7 @@ class GRPO:
         """Train until `total_tokens` action tokens were sampled.
 
         Args:
-            total_tokens: Of the whole run, unscored ones counted.
+            total_tokens: Of the whole run, unscored and discarded ones counted.
             resume: Go on from the newest checkpoint in `folder`, if there is one.
             quiet: No progress on standard error.
             max_updates: End this call, not the run, after so many updates.
@@ -255,7 +270,7 @@ class GRPO:
             UnscoredError: If more than 20 % of a batch has no score.
             NonFiniteError: If five steps in a row were not finite.
         """
-        cfg, rollout_seed = self.config, int(mix64(self.config.seed, _ROLLOUT))
+        cfg = self.config
         parts: dict[str, Stateful] = {
             "optimizer": self.optimizer,
             "queue": self.queue,
@@ -277,19 +292,9 @@ class GRPO:
         ) as run:
             run.begin()
             while run.wants_more:
-                groups = cfg.episodes // cfg.group_size
-                episodes = collect(
-                    self.policy,
-                    self.envs,
-                    cfg.episodes,
-                    group_size=cfg.group_size,
-                    seed=rollout_seed,
-                    first_episode=run.counters.groups,
-                    prompt_rows=self.queue.take(groups),
-                    path=cfg.path,
-                )
+                sampled, episodes, metrics = self._sample(run)
                 run.rollout_done()
-                check_scored(episodes)
+                check_scored(sampled)
                 lr = learning_rate(
                     cfg.lr,
                     run.counters.update,
@@ -298,17 +303,69 @@ class GRPO:
                     final=cfg.lr_final,
                 )
                 self.optimizer.set_lr(lr)
-                run.counters.groups += groups
-                shaped, reference, metrics = self._shape(episodes)
+                shaped, reference, measured = self._shape(episodes)
+                metrics |= measured
                 metrics |= self._update(episodes, shaped, reference, run.counters.update)
                 metrics |= {"optim/lr": lr, "optim/skipped": self.optimizer.skipped}
                 samples = partial(self._samples, episodes, shaped)
-                run.finish_update(metrics, episodes.num_tokens, samples)
+                run.finish_update(metrics, sampled.num_tokens, samples)
             return run.result()
+
+    def _sample(self, run: Run) -> tuple[Episodes, Episodes, dict[str, float]]:
+        """Everything that was sampled, the batch that is learned from, and what to log of them."""
+        cfg = self.config
+        batch = np.arange(cfg.episodes // cfg.group_size)  # which of the groups sampled are in it
+        sampled = self._collect(run, len(batch))
+        flat = self._flat(sampled)
+        for _ in range(cfg.resample):
+            again = np.flatnonzero(flat[batch])
+            if not len(again):
+                break
+            batch[again] = len(flat) + np.arange(len(again))
+            sampled = Episodes.join([sampled, self._collect(run, len(again))])
+            flat = self._flat(sampled)
+        metrics = rollout_metrics(sampled)
+        if cfg.advantage != "batch":
+            metrics["grpo/flat_groups"] = float(flat[batch].mean())
+        if not cfg.resample:
+            return sampled, sampled, metrics
+        metrics["grpo/resampled"] = len(flat) / len(batch) - 1.0
+        members = batch[:, None] * cfg.group_size + np.arange(cfg.group_size)
+        return sampled, sampled.take(members.reshape(-1)), metrics
+
+    def _collect(self, run: Run, groups: int) -> Episodes:
+        """Responses to the next prompts."""
+        cfg = self.config
+        episodes = collect(
+            self.policy,
+            self.envs,
+            groups * cfg.group_size,
+            group_size=cfg.group_size,
+            seed=int(mix64(cfg.seed, _ROLLOUT)),
+            first_episode=run.counters.groups,
+            prompt_rows=self.queue.take(groups),
+            path=cfg.path,
+        )
+        run.counters.groups += groups
+        return episodes
+
+    def _weights(self, episodes: Episodes) -> FloatArray:
+        """Loss weights [B]. What was truncated has no outcome, and no value stands in for it."""
+        return learned_weights(episodes, self.config.cut) * episodes.terminated
+
+    def _flat(self, episodes: Episodes) -> NDArray[np.bool_]:
+        """Groups whose responses all earn the same, the price of KL left out, bool [B / G]."""
+        cfg = self.config
+        if cfg.group_size < 2:
+            return np.zeros(len(episodes), np.bool_)
+        earned = shape_rewards(episodes, None, beta=0.0, cut_penalty=cfg.cut_penalty)
+        scores, weights = episodes.per_episode(earned), self._weights(episodes)
+        return group_advantages(scores, cfg.group_size, weights, "mean")[1]
 
     def _shape(self, episodes: Episodes) -> tuple[FloatArray, _PricedReference, dict[str, float]]:
         """Rewards, what the loss needs of the reference, and what to log."""
-        cfg, metrics, kl, beta = self.config, rollout_metrics(episodes), None, self.kl.beta
+        cfg, kl, beta = self.config, None, self.kl.beta
+        metrics: dict[str, float] = {}
         if self.reference is not None:
             kl, measured = measured_kl(
                 self.policy, self.reference, episodes, controller=self.kl, config=cfg
@@ -322,26 +379,26 @@ class GRPO:
 
     def _advantages(
         self, episodes: Episodes, shaped: FloatArray, weights: FloatArray
-    ) -> tuple[FloatArray, dict[str, float]]:
-        """Advantage of each action token [M], and what to log."""
+    ) -> FloatArray:
+        """Advantage of each action token [M]."""
         cfg = self.config
         if cfg.advantage == "batch":
             returns = discounted_returns(shaped, episodes.offsets, 1.0)
             floor = cfg.whiten_floor * reward_range(self.task.schedule)
-            return whiten(returns, np.repeat(weights, episodes.lengths), floor=floor), {}
+            return whiten(returns, np.repeat(weights, episodes.lengths), floor=floor)
         scores = episodes.per_episode(shaped)
-        advantages, flat = group_advantages(scores, cfg.group_size, weights, cfg.advantage)
-        return np.repeat(advantages, episodes.lengths), {"grpo/flat_groups": float(flat.mean())}
+        advantages, _ = group_advantages(scores, cfg.group_size, weights, cfg.advantage)
+        return np.repeat(advantages, episodes.lengths)
 
     def _update(
         self, episodes: Episodes, shaped: FloatArray, reference: _PricedReference, update: int
     ) -> dict[str, float]:
         """Epochs of minibatch steps on one batch."""
         cfg, device = self.config, self.policy.device
-        # What was truncated has no outcome, and no value stands in for it.
-        weights = learned_weights(episodes, cfg.cut) * episodes.terminated
-        advantages, metrics = self._advantages(episodes, shaped, weights)
+        weights = self._weights(episodes)
+        advantages = self._advantages(episodes, shaped, weights)
         usable = np.flatnonzero(weights > 0)
+        metrics: dict[str, float] = {}
         if not len(usable):
             return metrics
         token_weight = np.repeat(weights, episodes.lengths)

@@ -11,7 +11,8 @@ import torch
 from textgym.agents import GRPO, GRPOConfig
 from textgym.agents.grpo import VARIANTS
 from textgym.episodes import Episodes
-from textgym.rollout import collect
+from textgym.rollout import PromptQueue, collect
+from textgym.streams import mix64
 
 NAMES = list(VARIANTS)
 
@@ -130,9 +131,110 @@ def test_every_variant_learns(name: Any, make_envs: Any, make_policy: Any) -> No
     assert first["ppo/first_ratio_error"] < 1e-4
 
 
+def only_some(prompt: str, text: str) -> float:
+    """Two of the four prompts earn nothing, whatever is written."""
+    return text.split().count("a") / 4 if prompt in ("d", "b c") else 0.0
+
+
+def watched(agent: GRPO) -> tuple[list[Episodes], list[Episodes]]:
+    """What an agent samples, and what it learns from, as it goes on."""
+    sampled, learned = [], []
+    collecting, updating = agent._collect, agent._update
+
+    def collect_and_keep(*args: Any) -> Episodes:
+        sampled.append(collecting(*args))
+        return sampled[-1]
+
+    def update_and_keep(episodes: Episodes, *args: Any) -> dict[str, float]:
+        learned.append(episodes)
+        return updating(episodes, *args)
+
+    agent._collect = collect_and_keep  # type: ignore[method-assign]
+    agent._update = update_and_keep  # type: ignore[method-assign]
+    return sampled, learned
+
+
+def test_flat_groups_are_replaced_until_none_is_left(make_envs: Any, make_policy: Any) -> None:
+    config = GRPOConfig(episodes=24, group_size=6, resample=20, lr=1e-2, eval_every=0)
+    agent = GRPO(make_policy(), make_envs(reward=only_some), config)
+    sampled, learned = watched(agent)
+    result = agent.learn(4 * 1000, quiet=True, max_updates=3)
+    assert len(learned) == 3 < len(sampled)
+    for batch in learned:
+        scores = batch.scores.reshape(4, 6)
+        assert (scores.max(axis=1) > scores.min(axis=1)).all()
+        assert (batch.prompt_row.reshape(4, 6) == batch.prompt_row[::6, None]).all()
+    everything = Episodes.join(sampled)
+    # All of it is counted, and it is the queue's next prompts, each with draws of its own.
+    assert result.total_tokens == everything.num_tokens
+    queue = PromptQueue(4, int(mix64(config.seed, 1)))
+    np.testing.assert_array_equal(everything.prompt_row[::6], queue.take(len(everything) // 6))
+    assert len(np.unique(everything.stream)) == len(everything) // 6
+    line, first = result.history[0], sampled[: len(sampled) - 1]
+    while Episodes.join(first).num_tokens > line["time/total_tokens"]:
+        first.pop()
+    assert line["grpo/flat_groups"] == 0.0
+    assert line["grpo/resampled"] == sum(map(len, first)) / 24 - 1 > 0
+    assert line["rollout/reward_mean"] == pytest.approx(Episodes.join(first).scores.mean())
+    assert learned[0].scores.mean() > 1.5 * line["rollout/reward_mean"]
+
+
+def test_resampling_ends_and_what_is_flat_still_teaches_nothing(
+    make_envs: Any, make_policy: Any
+) -> None:
+    config = GRPOConfig(episodes=8, group_size=4, resample=3, lr=1e-2, eval_every=0)
+    agent = GRPO(make_policy(), make_envs(reward=lambda text: 0.5), config)
+    before = [p.detach().clone() for p in agent.policy.parameters()]
+    sampled, learned = watched(agent)
+    result = agent.learn(1, quiet=True)
+    assert [len(part) for part in sampled] == [8, 8, 8, 8] and [len(x) for x in learned] == [8]
+    assert result.total_tokens == sum(part.num_tokens for part in sampled)
+    assert result.history[-1]["grpo/flat_groups"] == 1.0
+    assert result.history[-1]["grpo/resampled"] == 3.0
+    assert all(torch.equal(a, b) for a, b in zip(before, agent.policy.parameters(), strict=True))
+
+
+def test_only_scored_responses_that_ended_make_a_group_worth_its_place(
+    make_envs: Any, make_policy: Any
+) -> None:
+    config = GRPOConfig(episodes=15, group_size=3, cut="mask", resample=1)
+    agent = GRPO(make_policy(), make_envs(), config)
+    episodes = collect(agent.policy, agent.envs, 15, group_size=3, seed=0)
+    last = episodes.offsets[1:] - 1
+    episodes.reward[:] = 0.0
+    episodes.reward[last] = [0, 0, 1, 0, 0, 1, 0, 0, 1, 0, 0, 1, 1, 1, 1]
+    episodes.stop_reason = ["stop_id"] * 15
+    episodes.weight[5] = 0.0
+    episodes.terminated[8] = False
+    episodes.stop_reason[11] = "length"
+    assert agent._flat(episodes).tolist() == [False, True, True, True, True]
+
+
+def test_where_no_group_is_flat_resampling_changes_nothing(
+    make_envs: Any, make_policy: Any
+) -> None:
+    def all_differ(text: str, token_ids: list[int]) -> float:
+        return sum(i * 7**k for k, i in enumerate(token_ids)) / 7**4
+
+    runs = []
+    for resample in (0, 3, 3):
+        config = GRPOConfig(episodes=16, resample=resample, lr=1e-2, eval_every=0)
+        agent = GRPO(make_policy(), make_envs(reward=all_differ), config)
+        lines = agent.learn(400, quiet=True).history
+        runs.append((lines, [p.detach() for p in agent.policy.parameters()]))
+    assert all(line["grpo/flat_groups"] == 0.0 for line in runs[0][0][1:])
+    for lines, parameters in runs[1:]:
+        assert len(lines) == len(runs[0][0]) > 4
+        assert all(torch.equal(a, b) for a, b in zip(parameters, runs[0][1], strict=True))
+
+
 def test_what_cannot_be_compared_is_refused(make_envs: Any, make_policy: Any) -> None:
     with pytest.raises(ValueError, match="group_size of at least 2, got 1"):
         GRPOConfig(group_size=1)
+    with pytest.raises(ValueError, match="needs resample=0, got 2"):
+        GRPOConfig.variant("reinforce++", resample=2)
+    with pytest.raises(ValueError, match="resample must be at least 0"):
+        GRPOConfig(resample=-1)
     with pytest.raises(ValueError, match="gamma must be 1"):
         GRPOConfig(gamma=0.9)
     with pytest.raises(ValueError, match="clip_coef_high must be above 0"):

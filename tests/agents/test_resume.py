@@ -67,6 +67,10 @@ AGENTS = {
             checkpoint_every=2,
         ),
     ),
+    "grpo-resample": (
+        GRPO,
+        GRPOConfig(episodes=4, group_size=2, resample=2, lr=1e-2, eval_every=3, checkpoint_every=2),
+    ),
     "sft": (SFT, SFTConfig(batch_size=4, lr=1e-2, eval_every=3, checkpoint_every=2)),
 }
 
