@@ -35,11 +35,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from textgym.episodes import Episodes
@@ -58,7 +58,8 @@ from textgym.learning import (
     to_device,
 )
 from textgym.losses import Normaliser, clipped_surrogate_loss, entropy_loss, token_weights
-from textgym.metrics import Means, rollout_metrics, sample_records, spread
+from textgym.metrics import Tally, finite_means, rollout_metrics, sample_records, spread
+from textgym.parallel import deal
 from textgym.returns import FloatArray, IntArray, discounted_returns, whiten
 from textgym.rollout import PromptQueue, check_path, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
@@ -413,33 +414,36 @@ class GRPO:
             for x in (per_token, advantages, episodes.logprob, reference.logprob)
         )
         batch = _Batch(weight, advantage, logprob, theirs, reference.beta)
-        means, taken = Means(), 0
+        tally = Tally()
         for epoch in range(cfg.epochs):
             order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)
             for part in np.array_split(order, steps):
-                found = self._gradient(episodes, batch, part)
-                if not taken:
-                    metrics["ppo/first_ratio_error"] = found["ratio_error"]
-                norm = self.optimizer.step(found["loss"])
-                taken += 1
-                means.add(
-                    loss__policy=found["policy"],
-                    loss__kl=found["kl"],
-                    ppo__approx_kl=found["approx_kl"],
-                    ppo__clip_fraction=found["clip_fraction"],
-                    optim__grad_norm=norm,
-                    policy__entropy=nan if epoch else found["entropy"],  # of the sampling policy
-                )
-        return metrics | means.result() | {"optim/steps": taken}
+                tally.next_step()
+                loss = self._gradient(episodes, batch, part, tally)
+                tally.mean(grad_norm=self.optimizer.step(loss))
+        self.optimizer.settle()
+        found = tally.result()
+        metrics["ppo/first_ratio_error"] = float(found["ratio_error"][0])
+        means = {
+            "loss/policy": found["policy"],
+            "loss/kl": found["kl"],
+            "ppo/approx_kl": found["approx_kl"],
+            "ppo/clip_fraction": found["clip_fraction"],
+            "optim/grad_norm": found["grad_norm"],
+            "policy/entropy": found["entropy"][:steps],  # of the sampling policy
+        }
+        return metrics | finite_means(means) | {"optim/steps": steps * cfg.epochs}
 
-    def _gradient(self, episodes: Episodes, batch: _Batch, minibatch: IntArray) -> dict[str, float]:
-        """Accumulate the gradient of one minibatch; returns its losses and what to watch."""
-        cfg = self.config
-        sums, means = dict.fromkeys(("loss", "policy", "kl"), 0.0), Means()
-        worst = 0.0
-        for part in microbatches(minibatch, episodes, cfg.microbatch):
-            tokens = episodes.tokens(part)
-            sequences = episodes.batch(part, self.policy.device)
+    def _gradient(
+        self, episodes: Episodes, batch: _Batch, minibatch: IntArray, tally: Tally
+    ) -> Tensor:
+        """Accumulate the gradient of this process's share of a minibatch; returns its loss, 0-d."""
+        cfg, device = self.config, self.policy.device
+        total = torch.zeros((), device=device)
+        mine = minibatch[deal(np.diff(episodes.starts)[minibatch])]
+        for part in microbatches(mine, episodes, cfg.microbatch):
+            tokens = torch.from_numpy(episodes.tokens(part)).to(device, non_blocking=True)
+            sequences = episodes.batch(part)
             new = self.policy.evaluate(sequences, entropy_gradient=cfg.ent_coef != 0)
             assert new.entropy is not None
             w, old = batch.weight[tokens], batch.logprob[tokens]
@@ -452,24 +456,23 @@ class GRPO:
                 clip_coef_high=cfg.clip_coef_high,
                 sequence=sequences.row if cfg.ratio == "sequence" else None,
             )
-            loss = surrogate.loss
+            loss, divergence = surrogate.loss, torch.zeros_like(surrogate.loss)
             if batch.beta:
                 divergence = (w * k3(new.logprob, batch.reference[tokens])).sum()
                 loss = loss + batch.beta * divergence
-                sums["kl"] += float(divergence.detach())
             if cfg.ent_coef:
                 loss = loss + cfg.ent_coef * entropy_loss(new.entropy, w)
             loss.backward()  # type: ignore[no-untyped-call]
-            sums["loss"] += float(loss.detach())
-            sums["policy"] += float(surrogate.loss.detach())
-            means.add(
+            total += loss.detach()
+            tally.sum(policy=surrogate.loss, kl=divergence)
+            tally.mean(
                 len(tokens),
-                approx_kl=float(surrogate.approx_kl),
-                clip_fraction=float(surrogate.clip_fraction),
-                entropy=float(new.entropy.detach().mean()),
+                approx_kl=surrogate.approx_kl,
+                clip_fraction=surrogate.clip_fraction,
+                entropy=new.entropy.detach().mean(),
             )
-            worst = max(worst, float((new.logprob.detach() - old).exp().sub(1.0).abs().max()))
-        return means.result() | sums | {"ratio_error": worst}
+            tally.peak(ratio_error=(new.logprob.detach() - old).exp().sub(1.0).abs().max())
+        return total
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
         cfg = self.config

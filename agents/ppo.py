@@ -26,11 +26,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from textgym.credit import Credit, check_credit
 from textgym.learning import (
@@ -52,7 +52,8 @@ from textgym.losses import (
     token_weights,
     value_loss,
 )
-from textgym.metrics import Means, rollout_metrics, sample_records, spread
+from textgym.metrics import Tally, finite_means, rollout_metrics, sample_records, spread
+from textgym.parallel import deal
 from textgym.returns import (
     FloatArray,
     IntArray,
@@ -355,45 +356,51 @@ class PPO:
                 for x in (per_token, advantages, returns, episodes.logprob, episodes.value)
             )
         )
-        means, stop, taken, epoch = Means(), False, 0, 0
+        tally, stop, taken, epoch = Tally(), False, 0, 0
         for epoch in range(cfg.epochs):
             order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)
             for part in np.array_split(order, steps):
-                found = self._gradient(episodes, batch, part, first=not epoch)
-                if not taken:
-                    metrics["ppo/first_ratio_error"] = found["ratio_error"]
-                if cfg.target_kl is not None and found["approx_kl"] > 1.5 * cfg.target_kl:
+                tally.next_step()
+                loss = self._gradient(episodes, batch, part, tally, first=not epoch)
+                if cfg.target_kl is not None and self._too_far(tally, cfg.target_kl):
                     self.optimizer.zero_grad()
                     stop = True
                     break
-                norm = self.optimizer.step(found["loss"])
+                tally.mean(grad_norm=self.optimizer.step(loss))
                 taken += 1
-                means.add(
-                    loss__policy=found["policy"],
-                    loss__value=found["value"],
-                    ppo__approx_kl=found["approx_kl"],
-                    ppo__clip_fraction=found["clip_fraction"],
-                    optim__grad_norm=norm,
-                    policy__entropy=nan if epoch else found["entropy"],  # of the sampling policy
-                )
             if stop:
                 break
-        return metrics | means.result() | {"ppo/epochs": epoch + 1, "optim/steps": taken}
+        self.optimizer.settle()
+        found = tally.result()
+        metrics["ppo/first_ratio_error"] = float(found["ratio_error"][0])
+        means = {
+            "loss/policy": found["policy"][:taken],
+            "loss/value": found["value"][:taken],
+            "ppo/approx_kl": found["approx_kl"][:taken],
+            "ppo/clip_fraction": found["clip_fraction"][:taken],
+            "optim/grad_norm": found.get("grad_norm", np.zeros(0)),
+            "policy/entropy": found["entropy"][: min(taken, steps)],  # of the sampling policy
+        }
+        return metrics | finite_means(means) | {"ppo/epochs": epoch + 1, "optim/steps": taken}
+
+    def _too_far(self, tally: Tally, target: float) -> bool:
+        """Whether the last minibatch shows a policy that has left the one that sampled."""
+        return bool(tally.result(-1)["approx_kl"][0] > 1.5 * target)
 
     def _gradient(
-        self, episodes: Episodes, batch: _Batch, minibatch: IntArray, *, first: bool
-    ) -> dict[str, float]:
-        """Accumulate the gradient of one minibatch; returns its losses and what to watch.
+        self, episodes: Episodes, batch: _Batch, minibatch: IntArray, tally: Tally, *, first: bool
+    ) -> Tensor:
+        """Accumulate the gradient of this process's share of a minibatch; returns its loss, 0-d.
 
         The entropy is computed where it is learned from, and in the `first` epoch, to be logged.
         """
-        cfg = self.config
-        sums, means = dict.fromkeys(("loss", "policy", "value"), 0.0), Means()
-        worst = 0.0
-        for part in microbatches(minibatch, episodes, cfg.microbatch):
-            tokens = episodes.tokens(part)
+        cfg, device = self.config, self.policy.device
+        total = torch.zeros((), device=device)
+        mine = minibatch[deal(np.diff(episodes.starts)[minibatch])]
+        for part in microbatches(mine, episodes, cfg.microbatch):
+            tokens = torch.from_numpy(episodes.tokens(part)).to(device, non_blocking=True)
             new = self.policy.evaluate(
-                episodes.batch(part, self.policy.device),
+                episodes.batch(part),
                 entropy=first or cfg.ent_coef != 0,
                 entropy_gradient=cfg.ent_coef != 0,
             )
@@ -416,18 +423,17 @@ class PPO:
             if cfg.ent_coef and new.entropy is not None:
                 loss = loss + cfg.ent_coef * entropy_loss(new.entropy, w)
             loss.backward()  # type: ignore[no-untyped-call]
-            for name, value in (("loss", loss), ("policy", surrogate.loss), ("value", v_loss)):
-                sums[name] += float(value.detach())
-            means.add(
+            total += loss.detach()
+            tally.sum(policy=surrogate.loss, value=v_loss)
+            tally.mean(
                 len(tokens),
-                approx_kl=float(surrogate.approx_kl),
-                clip_fraction=float(surrogate.clip_fraction),
+                approx_kl=surrogate.approx_kl,
+                clip_fraction=surrogate.clip_fraction,
             )
             if new.entropy is not None:
-                means.add(len(tokens), entropy=float(new.entropy.detach().mean()))
-            worst = max(worst, float((new.logprob.detach() - old).exp().sub(1.0).abs().max()))
-        nothing = dict.fromkeys(("approx_kl", "clip_fraction", "entropy"), nan)
-        return nothing | means.result() | sums | {"ratio_error": worst}
+                tally.mean(len(tokens), entropy=new.entropy.detach().mean())
+            tally.peak(ratio_error=(new.logprob.detach() - old).exp().sub(1.0).abs().max())
+        return total
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
         cfg = self.config

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from textgym.credit import Credit, check_credit
 from textgym.groups import leave_one_out
@@ -43,7 +44,8 @@ from textgym.losses import (
     token_weights,
     value_loss,
 )
-from textgym.metrics import Means, rollout_metrics, sample_records, spread
+from textgym.metrics import Tally, finite_means, rollout_metrics, sample_records, spread
+from textgym.parallel import deal
 from textgym.returns import (
     FloatArray,
     MovingAverageBaseline,
@@ -332,14 +334,16 @@ class REINFORCE:
             episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens
         )
         w_all, a_all, g_all = (to_device(x, device) for x in (per_token, advantages, returns))
-        means, total_policy, total_value = Means(), 0.0, 0.0
         usable = np.flatnonzero(weights > 0)
         if not len(usable):
             return metrics
         metrics["policy/logprob"] = float(np.average(episodes.logprob, weights=token_weight))
-        for part in microbatches(usable, episodes, cfg.microbatch):
-            tokens = episodes.tokens(part)
-            batch = episodes.batch(part, device)
+        tally, total = Tally(), torch.zeros((), device=device)
+        tally.next_step()
+        mine = usable[deal(np.diff(episodes.starts)[usable])]
+        for part in microbatches(mine, episodes, cfg.microbatch):
+            tokens = torch.from_numpy(episodes.tokens(part)).to(device, non_blocking=True)
+            batch = episodes.batch(part)
             scored = self.policy.evaluate(batch, entropy_gradient=cfg.ent_coef != 0)
             assert scored.entropy is not None
             w, advantage, target = w_all[tokens], a_all[tokens], g_all[tokens]
@@ -350,15 +354,19 @@ class REINFORCE:
             if cfg.baseline == "learned" and scored.value is not None:
                 v_loss = value_loss(scored.value, target, w)
                 loss = loss + cfg.vf_coef * v_loss
-                total_value += float(v_loss.detach())
+                tally.sum(value=v_loss)
             loss.backward()  # type: ignore[no-untyped-call]
-            total_policy += float(policy_loss.detach())
-            means.add(len(tokens), policy__entropy=float(scored.entropy.detach().mean()))
-        norm = self.optimizer.step(total_policy + total_value)
-        metrics["loss/policy"] = total_policy
+            total += loss.detach()
+            tally.sum(policy=policy_loss)
+            tally.mean(len(tokens), entropy=scored.entropy.detach().mean())
+        tally.mean(grad_norm=self.optimizer.step(total))
+        self.optimizer.settle()
+        found = tally.result()
+        metrics["loss/policy"] = float(found["policy"][0])
         if cfg.baseline == "learned":
-            metrics["loss/value"] = total_value
-        return metrics | {"optim/grad_norm": norm} | means.result()
+            metrics["loss/value"] = float(found["value"][0])
+        metrics["optim/grad_norm"] = float(found["grad_norm"][0])
+        return metrics | finite_means({"policy/entropy": found["entropy"]})
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
         cfg = self.config

@@ -16,7 +16,7 @@ from textgym.learning import (
     learning_rate,
     microbatches,
 )
-from textgym.metrics import Means, rollout_metrics, sample_records, spread
+from textgym.metrics import Tally, finite_means, rollout_metrics, sample_records, spread
 from textgym.shaping import RewardScale, learned_weights, shape_rewards
 from textgym.tokens import symbol_tokenizer
 
@@ -153,11 +153,25 @@ def test_clipping_bounds_the_gradient() -> None:
     assert seen == [pytest.approx(0.5)]
 
 
-def test_means() -> None:
-    means = Means()
-    means.add(1.0, loss__policy=1.0)
-    means.add(3.0, loss__policy=2.0, other=math.nan)
-    assert means.result() == {"loss/policy": 1.75}
+def test_a_tally_puts_sums_means_and_maxima_together_step_by_step() -> None:
+    tally = Tally()
+    for k in range(2):
+        tally.next_step()
+        for weight, number in ((1.0, 1.0), (3.0, 2.0)):
+            tally.sum(loss=torch.tensor(number + k))
+            tally.mean(weight, kl=torch.tensor(number + k))
+            tally.peak(worst=torch.tensor(number - k))
+    tally.mean(norm=torch.tensor(math.nan))
+    found = {name: values.tolist() for name, values in tally.result().items()}
+    assert math.isnan(found["norm"][0]) and math.isnan(found.pop("norm")[1])
+    assert found == {"loss": [3.0, 5.0], "kl": [1.75, 2.75], "worst": [2.0, 1.0]}
+    assert tally.result(-1)["kl"].tolist() == [2.75]
+    assert Tally().result() == {}
+
+
+def test_means_of_finite_numbers() -> None:
+    values = {"loss": np.array([1.0, math.nan, 2.0]), "norm": np.array([math.inf])}
+    assert finite_means(values) == {"loss": 1.5}
 
 
 def test_rollout_metrics_by_hand() -> None:

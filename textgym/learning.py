@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.parallel import sum_gradients
 from textgym.returns import IntArray, check_unit
 
 if TYPE_CHECKING:
@@ -216,7 +217,10 @@ def learning_rate(
 
 
 class GuardedOptimizer:
-    """Adam with gradient clipping that skips steps whose loss or gradient is not finite.
+    """Adam with gradient clipping that changes nothing where loss or gradient is not finite.
+
+    With several processes gradients are summed first, so that all take the same step. An
+    accelerator is not waited for: it finds out itself what is to be skipped, and `settle` counts.
 
     Attributes:
         skipped: Steps skipped so far.
@@ -237,10 +241,13 @@ class GuardedOptimizer:
         if not self.parameters:
             raise ValueError("the policy has no parameter to train: every one is frozen")
         # eps 1e-5 and not 1e-8: Huang et al. 2022, "The 37 implementation details of PPO", detail
-        # 3.
-        self.adam = torch.optim.AdamW(self.parameters, lr=lr, eps=1e-5, weight_decay=weight_decay)
+        # 3. Fused: a third of the time of the plain loop on a CPU, and it can skip on the device.
+        self.adam: Any = torch.optim.AdamW(
+            self.parameters, lr=lr, eps=1e-5, weight_decay=weight_decay, fused=True
+        )
         self.max_grad_norm, self.limit = max_grad_norm, limit
         self.skipped, self.in_a_row = 0, 0
+        self._unsettled: list[Tensor] = []
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of the next steps."""
@@ -251,33 +258,49 @@ class GuardedOptimizer:
         """Forget the gradients."""
         self.adam.zero_grad(set_to_none=True)
 
-    def step(self, loss: float) -> float:
+    def step(self, loss: Tensor | float) -> Tensor:
         """Clip the accumulated gradients and step, or skip.
 
         Args:
-            loss: The sum of what was differentiated, to look at.
+            loss: The sum of what this process differentiated, to look at.
 
         Returns:
-            The gradient norm before clipping; NaN where the step was skipped.
+            The gradient norm before clipping, 0-d; NaN where the step was skipped.
+
+        Raises:
+            NonFiniteError: On a CPU, where looking is free, as `settle` does.
+        """
+        here = torch.as_tensor(loss, dtype=torch.float32, device=self.parameters[0].device)
+        everywhere = sum_gradients(self.parameters, here.detach())
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        found = torch.stack([everywhere, norm.to(everywhere)])
+        bad = ~torch.isfinite(found).all()
+        self.adam.found_inf = bad.float()  # what gradient scalers tell a fused optimizer
+        self.adam.step()
+        self.zero_grad()
+        self._unsettled.append(found)
+        if found.device.type == "cpu":
+            self.settle()
+        return torch.where(bad, torch.nan, found[1])
+
+    def settle(self) -> None:
+        """Count the steps that were skipped; call it at the end of an update.
 
         Raises:
             NonFiniteError: After `limit` skipped steps in a row.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.adam.step()
-            self.in_a_row = 0
-            self.zero_grad()
-            return norm
-        self.zero_grad()
-        self.skipped += 1
-        self.in_a_row += 1
-        if self.in_a_row >= self.limit:
-            raise NonFiniteError(
-                f"loss ({loss}) or gradient norm ({norm}) was not finite {self.in_a_row} steps in "
-                "a row: lower the learning rate, use float32, or look for an outlying reward"
-            )
-        return math.nan
+        found, self._unsettled = self._unsettled, []
+        for loss, norm in torch.stack(found).tolist() if found else []:
+            if math.isfinite(loss) and math.isfinite(norm):
+                self.in_a_row = 0
+                continue
+            self.skipped += 1
+            self.in_a_row += 1
+            if self.in_a_row >= self.limit:
+                raise NonFiniteError(
+                    f"loss ({loss}) or gradient norm ({norm}) was not finite {self.in_a_row} steps "
+                    "in a row: lower the learning rate, use float32, or look for an outlying reward"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs to go on exactly."""
@@ -286,5 +309,7 @@ class GuardedOptimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        self.adam.load_state_dict(state["adam"])
+        # Checkpoints written before the optimizer was fused say that it is not.
+        groups = [{**group, "fused": True} for group in state["adam"]["param_groups"]]
+        self.adam.load_state_dict({**state["adam"], "param_groups": groups})
         self.skipped, self.in_a_row = int(state["skipped"]), int(state["in_a_row"])

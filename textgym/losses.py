@@ -136,7 +136,7 @@ def clipped_surrogate_loss(
         clip_coef: c, above 0.
         clip_coef_high: c', above 0; None: c.
         sequence: int64 [M], the response of each token, counted from 0; all tokens of a response
-            must be there.
+            must be there. On the CPU, so that nobody waits for a device to count them.
 
     Raises:
         ValueError: If shapes differ, or a coefficient is not above 0.
@@ -149,7 +149,8 @@ def clipped_surrogate_loss(
     log_ratio = logprob - old_logprob.detach()
     if sequence is not None:
         _same_shape(logprob=logprob, sequence=sequence)
-        length = torch.bincount(sequence)
+        length = torch.bincount(sequence).to(log_ratio.device, non_blocking=True)
+        sequence = sequence.to(log_ratio.device, non_blocking=True)
         mean = log_ratio.new_zeros(len(length)).index_add(0, sequence, log_ratio)
         log_ratio = (mean / length.clamp(min=1))[sequence]
     ratio = log_ratio.exp()

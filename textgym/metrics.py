@@ -4,36 +4,95 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from textgym.parallel import gather
 from textgym.returns import FloatArray
 from textgym.task import STOP_REASONS
 
 if TYPE_CHECKING:
     from textgym.episodes import Episodes
 
+_How = Literal["sum", "mean", "peak"]
 
-class Means:
-    """Weighted means by name, of finite numbers only."""
+
+class Tally:
+    """Numbers of the steps of an update, left on the device until the update is done.
+
+    A number that the host reads makes it wait for the device, and a loop that reads some in every
+    minibatch keeps the device waiting for the host. With several processes the numbers of all are
+    put together.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
+        self._steps: list[dict[str, tuple[_How, Tensor, float]]] = []
 
-    def add(self, weight: float = 1.0, **values: float) -> None:
-        """Take in numbers of one weight; `__` in a name stands for `/`."""
+    def next_step(self) -> None:
+        """Begin with the next step; what is added from now on is of it."""
+        self._steps.append({})
+
+    def sum(self, **values: Tensor) -> None:
+        """Add to sums over all that a step looks at, 0-d tensors."""
         for name, value in values.items():
-            if math.isfinite(value):
-                key = name.replace("__", "/")
-                total, count = self._sums.get(key, (0.0, 0.0))
-                self._sums[key] = (total + weight * float(value), count + weight)
+            self._take("sum", name, value, 0.0)
 
-    def result(self) -> dict[str, float]:
-        """The means; a name that was never added is not there."""
-        return {k: total / count for k, (total, count) in self._sums.items() if count > 0}
+    def mean(self, weight: float = 1.0, **values: Tensor) -> None:
+        """Take into weighted means, 0-d tensors."""
+        for name, value in values.items():
+            self._take("mean", name, weight * value, weight)
+
+    def peak(self, **values: Tensor) -> None:
+        """Take into maxima, 0-d tensors."""
+        for name, value in values.items():
+            self._take("peak", name, value, 0.0)
+
+    def _take(self, how: _How, name: str, value: Tensor, weight: float) -> None:
+        step, value = self._steps[-1], torch.as_tensor(value).detach()
+        if name in step:
+            _, before, already = step[name]
+            value = torch.maximum(before, value) if how == "peak" else before + value
+            weight += already
+        step[name] = (how, value, weight)
+
+    def result(self, first: int = 0) -> dict[str, FloatArray]:
+        """The numbers by name, float64 [steps]; NaN in a step that has none of that name.
+
+        All processes must ask. This waits for the device.
+
+        Args:
+            first: The first step that is asked for; -1 for the last one only.
+        """
+        steps = self._steps[first:]
+        kept = [(k, name) for k, step in enumerate(steps) for name in step]
+        values = [steps[k][name][1].float() for k, name in kept]
+        read = torch.stack(values).tolist() if values else []
+        mine = {
+            at: (steps[at[0]][at[1]][0], number, steps[at[0]][at[1]][2])
+            for at, number in zip(kept, read, strict=True)
+        }
+        everyone = gather(mine)
+        found: dict[str, FloatArray] = {}
+        for k, name in dict.fromkeys(at for one in everyone for at in one):
+            parts = [one[k, name] for one in everyone if (k, name) in one]
+            numbers = [number for _, number, _ in parts]
+            how = parts[0][0]
+            number = max(numbers) if how == "peak" else sum(numbers)
+            if how == "mean":
+                number /= sum(weight for _, _, weight in parts)
+            found.setdefault(name, np.full(len(steps), np.nan))[k] = number
+        return found
+
+
+def finite_means(values: Mapping[str, FloatArray]) -> dict[str, float]:
+    """Mean of the finite numbers of each array; an array without any is left out."""
+    kept = {name: array[np.isfinite(array)] for name, array in values.items()}
+    return {name: float(array.mean()) for name, array in kept.items() if len(array)}
 
 
 def rollout_metrics(episodes: Episodes) -> dict[str, float]:
