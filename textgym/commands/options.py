@@ -79,6 +79,11 @@ class TrainArgs(TaskArgs):
     """Where the model lives: "auto" is CUDA if there is any, else the CPU."""
     dtype: str | None = None
     """Of the weights; default is float32."""
+    compute_dtype: str | None = None
+    """What forwards compute in; "bfloat16" is faster where the processor has it, and the weights
+    stay as exact as they are. Default is the weights' own."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass: less memory, about a third more time."""
     lora: int | None = None
     """Train low-rank adapters of this rank instead of all weights."""
     temperature: float = 1.0

@@ -125,6 +125,8 @@ class Training:
             seed=self.config.seed,
             device=args.device,
             dtype=args.dtype,
+            compute_dtype=args.compute_dtype,
+            gradient_checkpointing=args.gradient_checkpointing,
             lora=args.lora,
             temperature=args.temperature,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from textgym.policies.acting_copy import ActingCopy
 from textgym.policies.cache_support import make_slot_decoder
+from textgym.policies.checkpointing import computed_again
 from textgym.policies.cpu_linear import use_onednn
 from textgym.policies.loading import (
     add_lora,
     context_length,
     is_lora,
     load_model,
+    resolve_compute_dtype,
     resolve_device,
     resolve_dtype,
 )
@@ -43,11 +46,14 @@ class Backbone(nn.Module):
         lora: What adapters to add.
         seed: Seed of the adapters' weights.
         value_head: Whether to add a linear value head, which starts at zero.
+        compute_dtype: What forwards compute in; None: the dtype of the weights.
+        gradient_checkpointing: Whether layers are computed again in the backward pass.
     """
 
     _watch: WeightWatch | None
     _decoder: SlotDecoder | None
     _no_cache: bool
+    _acting: ActingCopy | None
 
     def __init__(
         self,
@@ -59,8 +65,12 @@ class Backbone(nn.Module):
         lora: int | Mapping[str, Any] | Any | None,
         seed: int,
         value_head: bool,
+        compute_dtype: str | torch.dtype | None,
+        gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compute_dtype = resolve_compute_dtype(compute_dtype)
         loaded = load_model(model, resolve_device(device), resolve_dtype(dtype))
         self.model: Any = loaded if lora is None else add_lora(loaded, lora, seed)
         use_onednn(self.model)
@@ -117,9 +127,22 @@ class Backbone(nn.Module):
         with self.model.disable_adapter() if self._adapters_off else nullcontext():
             yield
 
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """What a forward for learning runs in."""
+        if self.compute_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.compute_dtype)
+
     def _raw_logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [n, V] of hidden states [n, D], the model's surplus ones dropped."""
-        return self._head(hidden)[:, : self.vocab_size].float()
+        with self._autocast():
+            return self._head(hidden)[:, : self.vocab_size].float()
+
+    def _acting_logits(self, hidden: Tensor) -> Tensor:
+        """As `_raw_logits`, by the copy that acts where there is one."""
+        if self._acting is None:
+            return self._raw_logits(hidden)
+        return self._acting.head(hidden)[:, : self.vocab_size].float()
 
     def _values(self, hidden: Tensor) -> Tensor | None:
         """Values, float32 [n], of hidden states [n, D]; None without a value head."""
@@ -135,9 +158,12 @@ class Backbone(nn.Module):
         """
         # A mask of ones changes nothing; without one some models look for padding ids and warn.
         ones = torch.ones_like(ids)
-        hidden: Tensor = self._core.base_model(
-            input_ids=ids, attention_mask=ones, use_cache=False
-        ).last_hidden_state
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
+        layers = computed_again(self._core) if again else nullcontext()
+        with self._autocast(), layers:
+            hidden: Tensor = self._core.base_model(
+                input_ids=ids, attention_mask=ones, use_cache=False
+            ).last_hidden_state
         return hidden
 
     def _hidden_last(self, ids: Ints, length: Ints, rows: Ints) -> Tensor:
@@ -155,9 +181,14 @@ class Backbone(nn.Module):
         if self._no_cache:
             return None
         if self._decoder is None or self._watch is None:
-            made = make_slot_decoder(self._core.base_model, self.vocab_size)
+            if self.compute_dtype is not None:
+                self._acting = ActingCopy(
+                    self.model, self._head, self.compute_dtype, adapters_off=self._adapters_off
+                )
+            core = self._core if self._acting is None else self._acting.core
+            made = make_slot_decoder(core.base_model, self.vocab_size)
             if isinstance(made, str):
-                self._no_cache = True
+                self._no_cache, self._acting = True, None
                 warnings.warn(
                     f"{type(self._core).__name__} runs without the slot cache, "
                     f"with a full forward for every token: {made}",
@@ -168,11 +199,14 @@ class Backbone(nn.Module):
             self._decoder, self._watch = made, WeightWatch(self.model)
         if self._watch.changed():
             self._decoder.clear()
+            if self._acting is not None:
+                self._acting.refresh()
         return self._decoder
 
     def _reset_cache(self) -> None:
         self._watch = None
         self._decoder = None
+        self._acting = None
         self._no_cache = False
 
     def invalidate_cache(self) -> None:
@@ -192,5 +226,5 @@ class Backbone(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache out of copies and pickles."""
         state = self.__dict__.copy()
-        state.update(_watch=None, _decoder=None, _no_cache=False)
+        state.update(_watch=None, _decoder=None, _acting=None, _no_cache=False)
         return state

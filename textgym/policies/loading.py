@@ -47,6 +47,18 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
+def resolve_compute_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """As `resolve_dtype`; float32, which weights have anyway, is None.
+
+    Raises:
+        ValueError: Of float16: its gradients underflow unless the loss is scaled.
+    """
+    found = resolve_dtype(dtype)
+    if found not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f'compute_dtype: expected "bfloat16", "float32" or None, got {dtype!r}')
+    return None if found == torch.float32 else found
+
+
 def find_model(name: str) -> str:
     """Folder or hub name that transformers can load.
 

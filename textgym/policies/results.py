@@ -1,9 +1,9 @@
-"""What a policy gives back, and how it leaves the device."""
+"""What a policy gives back, and how it leaves the device; and what goes there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -65,18 +65,36 @@ class Drawn:
         return Drawn(self.action[index], self.logprob[index], self.value[index])
 
 
+def packed(drawn: Drawn) -> Tensor:
+    """Action, log-probability and value as one float64 [3, n], which holds ids exactly."""
+    return torch.stack([drawn.action.double(), drawn.logprob.double(), drawn.value.double()])
+
+
+def unpacked(host: NDArray[np.float64]) -> ActResult:
+    """Read [3, ...] that came from the device.
+
+    Raises:
+        FloatingPointError: When a log-probability or value is not finite.
+    """
+    if not np.isfinite(host[1:]).all():
+        raise FloatingPointError(NOT_FINITE)
+    return ActResult(
+        host[0].astype(np.int64), host[1].astype(np.float32), host[2].astype(np.float32)
+    )
+
+
 def to_host(steps: list[Drawn]) -> ActResult:
     """Fetch k steps of n rows in one transfer, each field [k, n].
 
     Raises:
         FloatingPointError: When a log-probability or value is not finite.
     """
-    fields = [
-        torch.stack([s.action.double(), s.logprob.double(), s.value.double()]) for s in steps
-    ]  # float64 holds ids exactly
-    host = torch.stack(fields, 1).cpu().numpy()
-    if not np.isfinite(host[1:]).all():
-        raise FloatingPointError(NOT_FINITE)
-    return ActResult(
-        host[0].astype(np.int64), host[1].astype(np.float32), host[2].astype(np.float32)
-    )
+    return unpacked(torch.stack([packed(step) for step in steps], 1).cpu().numpy())
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Send an array without waiting for what an accelerator still has to do."""
+    here = torch.from_numpy(values)
+    if device.type == "cuda":  # from pageable memory a transfer may wait
+        return here.pin_memory().to(device, non_blocking=True)
+    return here.to(device)

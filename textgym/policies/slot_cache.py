@@ -20,10 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.policies.results import to_device
 from textgym.policies.slot_store import Ints, Plan, SlotStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from textgym.policies.graph_decode import GraphDecode
 
 PREFILL_TOKENS = 32_768  # the most padded tokens in one prefill forward; bounds its memory
 
@@ -50,8 +53,10 @@ class SlotDecoder:
         self.held: Ints = np.zeros(0, np.int64)
         self.slot: Ints = np.zeros(0, np.int64)  # the slot of row r
         self._last_rows: Ints | None = None
+        self.graphs: GraphDecode | None = None
         self.prefilled_rows = 0
         self.prefilled_tokens = 0
+        self.times_cleared = 0
 
     @property
     def device(self) -> torch.device:
@@ -60,12 +65,13 @@ class SlotDecoder:
 
     def clear(self) -> None:
         """Forget everything (the weights have changed) and free the memory until the next call."""
+        self.times_cleared += 1
         self.held[:] = 0
         # Rows go back to slots of their own: the order of rows in a matrix product decides how it
         # rounds, and a run that goes on must round as one that was resumed.
         self.slot = np.arange(len(self.slot))
         self._last_rows = None
-        self.store.drop()
+        self.store.forget()
 
     @torch.inference_mode()  # always the same mode: tensors of one may not be written in the other
     def hidden(self, ids: Ints, length: Ints, rows: Ints | None = None) -> Tensor:
@@ -82,11 +88,7 @@ class SlotDecoder:
         n, columns = ids.shape
         rows = np.arange(n) if rows is None else rows
         self._grow(int(rows.max()) + 1, columns)
-        longest = int(length.max())
-        differs = ids[:, :longest] != self.tokens[rows, :longest]
-        differs &= np.arange(longest) < self.held[rows, None]
-        keep = np.where(differs.any(1), differs.argmax(1), self.held[rows])
-        keep = np.minimum(keep, length - 1)
+        keep = np.minimum(self.agreeing(ids, length, rows), length - 1)
         missing = length - 1 - keep
         with self._all_or_nothing():
             if missing.any() and not keep.any():
@@ -94,11 +96,29 @@ class SlotDecoder:
             else:
                 if missing.any():
                     self._prefill_missing(ids, keep, missing, rows)
-                last = torch.from_numpy(ids[np.arange(n), length - 1]).to(self.device)
+                last = to_device(ids[np.arange(n), length - 1], self.device)
                 hidden = self._decode(last, length - 1, rows)
         self.tokens[rows, :columns] = ids
         self.held[rows] = length
         return hidden
+
+    @torch.inference_mode()
+    def fill(self, ids: Ints, length: Ints, rows: Ints) -> None:
+        """Compute what is missing before the last token of each row; arguments as in `hidden`."""
+        self._grow(int(rows.max()) + 1, ids.shape[1])
+        keep = np.minimum(self.agreeing(ids, length, rows), length - 1)
+        with self._all_or_nothing():
+            if (keep < length - 1).any():
+                self._prefill_missing(ids, keep, length - 1 - keep, rows)
+        self.tokens[rows, : ids.shape[1]] = ids
+        self.held[rows] = length - 1
+
+    def agreeing(self, ids: Ints, length: Ints, rows: Ints) -> Ints:
+        """How many of its first ids each row holds, [n]; at least its length when it holds all."""
+        longest = int(length.max())
+        differs = ids[:, :longest] != self.tokens[rows, :longest]
+        differs &= np.arange(longest) < np.minimum(length, self.held[rows])[:, None]
+        return np.where(differs.any(1), differs.argmax(1), self.held[rows])
 
     @torch.inference_mode()
     def append(self, tokens: Tensor, rows: Ints) -> Tensor:
@@ -170,12 +190,12 @@ class SlotDecoder:
         """Forward one token a row, at column `pos` [n]; all earlier columns are held."""
         start, order = self._place(rows, int(pos.max()))
         if order is not None:
-            on_device = torch.from_numpy(order).to(tokens.device)
+            on_device = to_device(order, tokens.device)
             tokens, pos, rows = tokens[on_device], pos[order], rows[order]
         first, kv = int(pos[0]), int(pos.max()) + 1
         plan = Plan(
-            slots=torch.from_numpy(self.slot[rows]).to(tokens.device),
-            pos=torch.from_numpy(pos[:, None]).to(tokens.device),
+            slots=to_device(self.slot[rows], tokens.device),
+            pos=to_device(pos[:, None], tokens.device),
             kv=kv,
             start=start,
             column=first if start is not None and bool((pos == first).all()) else None,
@@ -205,18 +225,20 @@ class SlotDecoder:
             self._last_rows = rows.copy()
             if 3 * len(holes) > n and not again:
                 return None, None
-            movers = rows[slots >= n]
-            evicted = np.flatnonzero(np.isin(self.slot, holes))
-            evicted = evicted[np.argsort(self.slot[evicted])]
-            here, there = self.slot[evicted].copy(), self.slot[movers].copy()
-            both, swapped = np.concatenate([here, there]), np.concatenate([there, here])
-            width = max(columns, int(self.held[evicted].max()), int(self.held[movers].max()))
-            self.store.copy(both, swapped, width)
-            self.slot[evicted], self.slot[movers] = there, here
+            self.move(rows[slots >= n], holes, columns)
             slots, low = self.slot[rows], 0
         if (slots == np.arange(low, low + n)).all():
             return low, None
         return low, np.argsort(slots)
+
+    def move(self, rows: Ints, slots: Ints, columns: int = 0) -> None:
+        """Move rows into slots, and who is there into theirs; at least the first columns."""
+        others = np.argsort(self.slot)[slots]  # every slot is some row's
+        theirs = self.slot[rows].copy()
+        both, swapped = np.concatenate([slots, theirs]), np.concatenate([theirs, slots])
+        width = max(columns, int(self.held[others].max()), int(self.held[rows].max()))
+        self.store.copy(both, swapped, width)
+        self.slot[others], self.slot[rows] = theirs, slots
 
     def _prefill_all(self, ids: Ints, length: Ints, rows: Ints) -> Tensor:
         """Compute whole sequences, equal ones once: the hidden states of their last tokens."""
@@ -228,19 +250,17 @@ class SlotDecoder:
         for part in _batches(length[leaders]):
             some = leaders[part]
             out = self._prefill(ids, np.zeros(len(some), np.int64), length[some], some, rows)
-            last = torch.from_numpy(length[some] - 1).to(out.device)
+            last = to_device(length[some] - 1, out.device)
             out = out[torch.arange(len(some), device=out.device), last]
             if hidden is None:
                 hidden = out.new_empty(len(rows), out.shape[-1])
-            hidden[torch.from_numpy(some).to(out.device)] = out
+            hidden[to_device(some, out.device)] = out
         assert hidden is not None
         followers = [(i, members[0]) for members in groups.values() for i in members[1:]]
         if followers:
             to, of = np.array(followers).T
             self.store.copy(self.slot[rows[to]], self.slot[rows[of]], int(length[of].max()))
-            hidden[torch.from_numpy(to).to(hidden.device)] = hidden[
-                torch.from_numpy(of).to(hidden.device)
-            ]
+            hidden[to_device(to, hidden.device)] = hidden[to_device(of, hidden.device)]
         return hidden
 
     def _prefill_missing(self, ids: Ints, keep: Ints, missing: Ints, rows: Ints) -> None:
@@ -272,12 +292,12 @@ class SlotDecoder:
         # spare column.
         pos = np.where(real, pos, np.minimum(pos, self.store.num_columns - 1))
         plan = Plan(
-            slots=torch.from_numpy(self.slot[rows[some]]).to(self.device),
-            pos=torch.from_numpy(pos).to(self.device),
+            slots=to_device(self.slot[rows[some]], self.device),
+            pos=to_device(pos, self.device),
             kv=int((keep + count).max()) if keep.any() else width,
             fresh=not keep.any(),
         )
-        return self._forward(torch.from_numpy(tokens).to(self.device), plan)
+        return self._forward(to_device(tokens, self.device), plan)
 
 
 def _batches(count: Ints) -> list[Ints]:

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from textgym.policies.results import to_device
+
 Ints = NDArray[np.int64]
 
 
@@ -87,6 +89,12 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.keys = self.values = None
         self.is_initialized = False
 
+    def wipe(self) -> None:
+        """Forget what is held, and stay where it was."""
+        for held in (self.keys, self.values):
+            if held is not None:
+                held.zero_()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.store.plan.kv, 0
 
@@ -105,6 +113,10 @@ class SlotStore(Cache):
     def __init__(self, num_layers: int) -> None:
         self.num_slots = 0
         self.num_columns = 0
+        self.stays = False
+        """Whether the tensors stay where they are when they are forgotten (graphs refer to them)."""
+        self.version = 0
+        """Raised when tensors move."""
         self.slot_layers = [_SlotLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self.slot_layers))
 
@@ -113,6 +125,7 @@ class SlotStore(Cache):
         if num_slots > self.num_slots or num_columns > self.num_columns:
             self.num_slots = max(num_slots, self.num_slots)
             self.num_columns = max(num_columns, self.num_columns)
+            self.version += 1
             for layer in self.slot_layers:
                 layer.resize()
 
@@ -121,11 +134,15 @@ class SlotStore(Cache):
         for layer in self.slot_layers:
             for held in (layer.keys, layer.values):
                 if held is not None:
-                    to = torch.as_tensor(target, device=held.device)
-                    of = torch.as_tensor(source, device=held.device)
+                    to, of = to_device(target, held.device), to_device(source, held.device)
                     held[to, :, :columns] = held[of, :, :columns]
 
-    def drop(self) -> None:
-        """Free the memory of all layers."""
+    @torch.inference_mode()
+    def forget(self) -> None:
+        """Forget what is held; free the memory, unless it is to stay."""
         for layer in self.slot_layers:
-            layer.drop()
+            if self.stays:
+                layer.wipe()
+            else:
+                layer.drop()
+        self.version += not self.stays
