@@ -190,10 +190,8 @@ class Episodes:
         spans = [np.arange(self.offsets[b], self.offsets[b + 1]) for b in indices]
         return np.concatenate(spans) if spans else np.zeros(0, np.int64)
 
-    def batch(
-        self, indices: Sequence[int] | NDArray[np.int64], device: Any = "cpu"
-    ) -> SequenceBatch:
-        """Whole sequences of some episodes, ready for `policy.evaluate`.
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> SequenceBatch:
+        """Whole sequences of some episodes, on the CPU, ready for `policy.evaluate`.
 
         Its action tokens are in the order of `tokens(indices)`.
         """
@@ -208,12 +206,12 @@ class Episodes:
         mask = None
         if self.packed_masks is not None:
             bits = np.unpackbits(self.packed_masks[tokens], axis=1, count=self.vocab_size)
-            mask = torch.from_numpy(bits.astype(np.bool_)).to(device)
+            mask = torch.from_numpy(bits.astype(np.bool_))
         return SequenceBatch(
-            ids=torch.from_numpy(ids).to(device),
-            lengths=torch.from_numpy(lengths).to(device),
-            row=torch.from_numpy(row).to(device),
-            col=torch.from_numpy(self.column[tokens]).to(device),
+            ids=torch.from_numpy(ids),
+            lengths=torch.from_numpy(lengths),
+            row=torch.from_numpy(row),
+            col=torch.from_numpy(self.column[tokens]),
             action_mask=mask,
         )
 

@@ -162,8 +162,8 @@ def _against(
     with sampler(policy, top_k=None, top_p=None):  # the distribution before any cut
         for part in microbatches(np.arange(len(episodes)), episodes, _FORWARD):
             tokens = episodes.tokens(part)
-            kl[tokens] = policy.kl(reference, episodes.batch(part, policy.device)).cpu().numpy()
-            scored = reference.evaluate(episodes.batch(part, reference.device), entropy=False)
+            kl[tokens] = policy.kl(reference, episodes.batch(part)).cpu().numpy()
+            scored = reference.evaluate(episodes.batch(part), entropy=False)
             logprob[tokens] = scored.logprob.cpu().numpy()
     return {
         "kl": mean_metric("kl", episodes.per_episode(kl)),
