@@ -28,6 +28,7 @@ from torch import Tensor
 from textgym.checkpoint import best_checkpoint
 from textgym.episodes import SequenceBatch
 from textgym.learning import GuardedOptimizer, check_positive, check_setup, learning_rate
+from textgym.parallel import deal, total
 from textgym.rollout import PromptQueue
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.streams import mix64
@@ -209,13 +210,16 @@ class SFT:
     def _update(self, examples: Sequence[Example]) -> tuple[float, float]:
         """One gradient step; returns the loss in nats per token and the gradient norm."""
         tokens = sum(len(example.response) for example in examples)
-        total = 0.0
+        nll = torch.zeros((), device=self.policy.device)
         for part in _parts(examples, self.config.microbatch):
             scored = self.policy.evaluate(sequence_batch(part, self.policy.device), entropy=False)
             loss = -scored.logprob.sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return total, self.optimizer.step(total)
+            nll += loss.detach()
+        norm = self.optimizer.step(nll)
+        self.optimizer.settle()
+        whole: float = total(float(nll))
+        return whole, float(norm)
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
         cfg = self.config
@@ -235,11 +239,12 @@ class SFT:
     @torch.no_grad()
     def nll(self, examples: Sequence[Example]) -> float:
         """Negative log-likelihood of reference responses, nats per token."""
-        total = 0.0
+        likelihood = 0.0
         for part in _parts(examples, self.config.microbatch or self.config.batch_size):
             batch = sequence_batch(part, self.policy.device)
-            total -= float(self.policy.evaluate(batch, entropy=False).logprob.double().sum())
-        return total / sum(len(example.response) for example in examples)
+            likelihood += float(self.policy.evaluate(batch, entropy=False).logprob.double().sum())
+        whole: float = total(likelihood)
+        return -whole / sum(len(example.response) for example in examples)
 
     def _remember(self, score: float) -> None:
         """Keep the best weights in memory where there is no folder to keep them in."""
@@ -325,8 +330,9 @@ def _response(task: Task, text: str) -> list[int]:
 
 
 def _parts(examples: Sequence[Example], size: int | None) -> Iterator[list[Example]]:
-    """Examples in groups of at most `size`, of similar length."""
-    ordered = sorted(examples, key=lambda e: -len(e.prompt) - len(e.response))
-    size = size or len(ordered)
+    """This process's share of some examples in groups of at most `size`, of similar length."""
+    mine = [examples[i] for i in deal([len(e.prompt) + len(e.response) for e in examples])]
+    ordered = sorted(mine, key=lambda e: -len(e.prompt) - len(e.response))
+    size = size or len(examples)
     for first in range(0, len(ordered), size):
         yield ordered[first : first + size]

@@ -181,6 +181,8 @@ def check_above_0(config: Any, *names: str) -> None:
 
 def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Iterator[IntArray]:
     """Split episodes into groups of at most `size`, of similar length: little is padding."""
+    if not len(indices):  # a process that was dealt none
+        return
     if size is None or size >= len(indices):
         yield indices
         return

@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from textgym.episodes import Episodes
+from textgym.parallel import share, shared
 from textgym.streams import mix64
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def collect(
 ) -> Episodes:
     """Start B episodes and finish all of them.
 
+    Several processes (see `textgym.parallel`) sample a share each, and each gets all of them.
+
     Args:
         policy: What chooses the tokens.
         envs: A vector environment with `autoreset_mode="Disabled"`.
@@ -97,6 +100,7 @@ def collect(
     Raises:
         ValueError: An argument is out of range, or the environment resets by itself, or replies on
             the sequence path.
+        ProcessError: Another process failed while it sampled its share.
     """
     if envs.metadata["autoreset_mode"] is not AutoresetMode.DISABLED:
         raise ValueError(
@@ -117,13 +121,27 @@ def collect(
         sample_index=np.tile(np.arange(group_size), groups),
         prompt_row=None if prompt_rows is None else np.repeat(prompt_rows, group_size),
     )
-    recorder = _Recorder(policy, envs, plan)
-    if path == "step":
-        _step_path(policy, envs, plan, recorder)
-    elif path == "sequence":
-        _sequence_path(policy, envs, plan, recorder)
-    else:
+    if path not in ("step", "sequence"):
         raise ValueError(f"path must be 'step' or 'sequence', got {path!r}")
+    mine = plan.part(share(episodes))
+    parts = shared(lambda: _sampled(policy, envs, mine, group_size, path))
+    found = [part for part in parts if part is not None]
+    if len(found) == 1:
+        return found[0]
+    together = Episodes.join(found)
+    together.group = np.arange(episodes) // group_size  # one may lie across two shares
+    return together
+
+
+def _sampled(
+    policy: CausalLMPolicy, envs: TextGenVectorEnv, plan: _Plan, group_size: int, path: str
+) -> Episodes | None:
+    """The episodes of a plan; None of an empty one."""
+    if not len(plan.stream):
+        return None
+    recorder = _Recorder(policy, envs, plan)
+    run = _step_path if path == "step" else _sequence_path
+    run(policy, envs, plan, recorder)
     return recorder.episodes(group_size)
 
 
@@ -134,6 +152,11 @@ class _Plan:
     stream: NDArray[np.uint64]
     sample_index: NDArray[np.int64]
     prompt_row: NDArray[np.int64] | None
+
+    def part(self, which: slice) -> _Plan:
+        """A stretch of the queue."""
+        rows = None if self.prompt_row is None else self.prompt_row[which]
+        return _Plan(self.stream[which], self.sample_index[which], rows)
 
     def begin(
         self, envs: TextGenVectorEnv, rows: NDArray[np.int64], episodes: NDArray[np.int64]

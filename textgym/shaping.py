@@ -15,6 +15,7 @@ import torch
 from textgym.credit import Credit, assign_credit
 from textgym.kl import AdaptiveKL, FixedKL, KLController, k1, kl_per_response
 from textgym.learning import check_scored, microbatches
+from textgym.parallel import deal, total
 from textgym.returns import FloatArray, episode_sums
 from textgym.rollout import collect
 
@@ -240,10 +241,14 @@ def measured_kl(
 @torch.no_grad()
 def reference_k1(reference: CausalLMPolicy, episodes: Episodes, size: int | None) -> FloatArray:
     """k1 of every action token, log pi (as sampled) minus log reference, float64 [M]."""
-    theirs = torch.zeros(episodes.num_tokens, dtype=torch.float64)
-    for part in microbatches(np.arange(len(episodes)), episodes, size):
-        scored = reference.evaluate(episodes.batch(part, reference.device), entropy=False)
-        theirs[torch.from_numpy(episodes.tokens(part))] = scored.logprob.double().cpu()
+    scores, places = [], []
+    for part in microbatches(deal(np.diff(episodes.starts)), episodes, size):
+        scores.append(reference.evaluate(episodes.batch(part), entropy=False).logprob)
+        places.append(episodes.tokens(part))
+    mine = np.zeros(episodes.num_tokens)
+    if scores:  # read once, so that nothing waits for the device before
+        mine[np.concatenate(places)] = torch.cat(scores).cpu().numpy()
+    theirs = torch.from_numpy(total(mine))
     return k1(torch.from_numpy(episodes.logprob).double(), theirs).numpy()
 
 
@@ -256,10 +261,13 @@ def exact_kl(
 ) -> float:
     """Exact KL to the reference over the first `count` scored episodes, nats per response."""
     chosen = np.flatnonzero(episodes.weight > 0)[:count]
-    total = 0.0
-    for part in microbatches(chosen, episodes, size):
-        total += float(policy.kl(reference, episodes.batch(part, policy.device)).double().sum())
-    return total / len(chosen) if len(chosen) else math.nan
+    mine = chosen[deal(np.diff(episodes.starts)[chosen])]
+    sums = [
+        policy.kl(reference, episodes.batch(part)).double().sum()
+        for part in microbatches(mine, episodes, size)
+    ]
+    whole: float = total(sum(torch.stack(sums).tolist()) if sums else 0.0)
+    return whole / len(chosen) if len(chosen) else math.nan
 
 
 def adapt(controller: KLController, kl: float, episodes: Episodes) -> None:
