@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym.episodes import SequenceBatch
 from textgym.policies import CausalLMPolicy, Evaluation
+from textgym.policies.scoring import BLOCK_BYTES
 
 VOCAB = 61
 M = 11
@@ -72,44 +73,49 @@ def test_equals_torch_distributions(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_chunks_change_neither_loss_nor_gradient(
-    policy: CausalLMPolicy, batch: SequenceBatch, masked: bool
+@pytest.mark.parametrize("block", [1, 4, M])
+def test_blocks_change_neither_loss_nor_gradient(
+    policy: CausalLMPolicy,
+    batch: SequenceBatch,
+    masked: bool,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if masked:
         batch = replace(batch, action_mask=random_mask(batch))
     whole = loss_and_gradient(policy, batch)
     assert whole[1].isfinite().all() and whole[1].abs().max() > 0
     policy.logit_chunk = 3
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", block * 4 * VOCAB)
     parts = loss_and_gradient(policy, batch)
     assert parts[0] == pytest.approx(whole[0], abs=1e-5)
     assert torch.allclose(parts[1], whole[1], atol=1e-4)
 
 
-def test_no_more_than_one_chunk_of_logits_is_kept(
-    policy: CausalLMPolicy, batch: SequenceBatch
+def test_no_more_probabilities_are_kept_than_asked_for(
+    policy: CausalLMPolicy, batch: SequenceBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under autograd nothing of size M x V is saved for the backward pass."""
-    policy.logit_chunk = 3
-    widths: list[int] = []
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 2 * 4 * VOCAB)  # blocks of two tokens
+    kept: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim == 2 and tensor.shape[1] == VOCAB and tensor.shape[0] <= M:
-            widths.append(len(tensor))
+            kept.append(len(tensor))
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        policy.evaluate(batch)
-    assert not widths
-    policy.logit_chunk = M
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        policy.evaluate(batch)
-    assert widths  # the hook does see them where they are
+    for limit in (1, 3, M, None):
+        policy.logit_chunk = limit
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            policy.evaluate(batch)
+        assert sum(kept) == (M if limit is None else limit)
+        assert max(kept) <= 2
 
 
 def test_an_entropy_costs_neither_memory_nor_a_softmax(
     policy: CausalLMPolicy, batch: SequenceBatch
 ) -> None:
-    """One [M, V] tensor is kept for the backward pass, and none where chunks are computed again."""
+    """One [M, V] tensor is kept for the backward pass, none where tokens are computed again."""
     batch = replace(batch, action_mask=random_mask(batch))
 
     def run(chunk: int, **options: bool) -> tuple[Evaluation, torch.Tensor, int, int]:
@@ -117,9 +123,8 @@ def test_an_entropy_costs_neither_memory_nor_a_softmax(
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal saved
-            saved += (
-                tensor.numel() if tensor.shape == (M, VOCAB) and tensor.is_floating_point() else 0
-            )
+            wide = tensor.ndim == 2 and tensor.shape[1] == VOCAB and len(tensor) <= M
+            saved += tensor.numel() if wide and tensor.is_floating_point() else 0
             return tensor
 
         policy.zero_grad()
@@ -141,7 +146,7 @@ def test_an_entropy_costs_neither_memory_nor_a_softmax(
         assert torch.equal(logged.logprob, without.logprob)
         assert torch.equal(same, gradient)
         assert costs == costs_logged == costs_learned
-        assert costs == ([M * VOCAB, 1] if chunk == M else [0, 2 * -(-M // chunk)])
+        assert costs == ([M * VOCAB, 1] if chunk == M else [chunk * VOCAB, 3])
 
 
 class Softmaxes(TorchDispatchMode):
@@ -203,7 +208,12 @@ def test_a_batch_without_action_tokens(policy: CausalLMPolicy, batch: SequenceBa
 class TestKl:
     @pytest.mark.parametrize("masked", [False, True])
     def test_equals_torch_kl_div(
-        self, make_model: Callable[..., Any], batch: SequenceBatch, family: str, masked: bool
+        self,
+        make_model: Callable[..., Any],
+        batch: SequenceBatch,
+        family: str,
+        masked: bool,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         policy = CausalLMPolicy(make_model(family), device="cpu", temperature=1.4)
         other = CausalLMPolicy(
@@ -219,8 +229,8 @@ class TestKl:
         expected = torch.nn.functional.kl_div(
             theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)
-        for chunk in (4, 2048):
-            policy.logit_chunk = chunk
+        for block in (4, 2048):
+            monkeypatch.setitem(BLOCK_BYTES, "cpu", block * 4 * VOCAB)
             found = policy.kl(other, batch)
             assert not found.requires_grad and found.dtype == torch.float32
             assert torch.allclose(found.double(), expected, atol=1e-4, rtol=1e-4)

@@ -133,10 +133,14 @@ class Backbone(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, self.compute_dtype)
 
+    def _all_logits(self, hidden: Tensor) -> Tensor:
+        """All logits [n, V'] of hidden states [n, D], as the model computes them."""
+        with self._autocast():
+            return self._head(hidden)
+
     def _raw_logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [n, V] of hidden states [n, D], the model's surplus ones dropped."""
-        with self._autocast():
-            return self._head(hidden)[:, : self.vocab_size].float()
+        return self._all_logits(hidden)[:, : self.vocab_size].float()
 
     def _acting_logits(self, hidden: Tensor) -> Tensor:
         """As `_raw_logits`, by the copy that acts where there is one."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from textgym import streams
 from textgym.policies.backbone import Backbone
 from textgym.policies.generation import write_responses
+from textgym.policies.graph_decode import check_cuda_graphs, graphs_for
 from textgym.policies.loading import find_model, is_lora, without_adapters
 from textgym.policies.observation import (
     check_context,
@@ -30,7 +31,14 @@ from textgym.policies.observation import (
     read_rows,
     read_stream,
 )
-from textgym.policies.results import ActResult, Drawn, Evaluation, Generation, to_host
+from textgym.policies.results import (
+    ActResult,
+    Drawn,
+    Evaluation,
+    Generation,
+    to_device,
+    to_host,
+)
 from textgym.policies.saving import read_settings, read_value_head, write_policy
 from textgym.policies.scoring import divergence, score_tokens
 from textgym.sampling import Method, Sampler, check_action_mask, draw, mask_logits
@@ -59,12 +67,16 @@ class CausalLMPolicy(Backbone):
         top_p: Sample from the nucleus of probability top_p. For play and evaluation only.
         seed: Part of the key of every draw.
         value_head: Whether to add a linear value head, which starts at zero.
-        logit_chunk: How many tokens' logits exist at once in `evaluate` and `kl`.
+        logit_chunk: How many tokens' probabilities [V] one `evaluate` keeps for the backward pass;
+            those of further tokens are computed again. None: as many as 1 GiB holds.
         compute_dtype: `"bfloat16"` lets forwards compute in it: `evaluate` under autocast, `act`
             with a copy of the weights in it. Weights and optimizer keep their dtype. What `act`
             says of a token's log-probability then differs a little from what `evaluate` says.
         gradient_checkpointing: Keep the inputs of layers only and compute the rest again in the
             backward pass (Chen et al. 2016): less memory, about a third more time.
+        cuda_graphs: Whether a GPU starts all kernels of a decoding step at once. "auto": where the
+            model allows it; "compile": fused by torch.compile first, which takes minutes once. The
+            slot cache then keeps its memory while the policy learns.
 
     Raises:
         ValueError: When the model has fewer logits than `vocab_size`, or a setting makes no sense.
@@ -84,12 +96,13 @@ class CausalLMPolicy(Backbone):
         top_p: float | None = None,
         seed: int = 0,
         value_head: bool = True,
-        logit_chunk: int = 2048,
+        logit_chunk: int | None = None,
         compute_dtype: str | torch.dtype | None = None,
         gradient_checkpointing: bool = False,
+        cuda_graphs: bool | Literal["auto", "compile"] = "auto",
     ) -> None:
         checked = Sampler(sampler, temperature, top_k, top_p)
-        if logit_chunk < 1:
+        if logit_chunk is not None and logit_chunk < 1:
             raise ValueError(f"logit_chunk: expected at least 1 token, got {logit_chunk}")
         super().__init__(
             model,
@@ -105,6 +118,7 @@ class CausalLMPolicy(Backbone):
         self.sampler = checked
         self.seed = seed
         self.logit_chunk = logit_chunk
+        self.cuda_graphs = check_cuda_graphs(cuda_graphs, self.device)
 
     @property
     def temperature(self) -> float:
@@ -163,11 +177,14 @@ class CausalLMPolicy(Backbone):
         slots = read_rows(rows, len(ids))
         stream = read_stream(stream, len(ids))
         sample_index = read_stream(sample_index, len(ids), "sample_index")
-        key = streams.mix64(self.seed, stream, sample_index, length)
+        sampler = Sampler("greedy", self.temperature) if deterministic else self.sampler
         with torch.inference_mode(), self._forward_mode():
+            graphs = None if action_mask is not None else graphs_for(self, sampler)
+            if graphs is not None:
+                return graphs.act(ids, length, slots, stream, sample_index, sampler)
             hidden = self._hidden_last(ids, length, slots)
-            keys = torch.from_numpy(key.view(np.int64)).to(hidden.device)
-            sampler = Sampler("greedy", self.temperature) if deterministic else self.sampler
+            key = streams.mix64(self.seed, stream, sample_index, length)
+            keys = to_device(key.view(np.int64), hidden.device)
             drawn = to_host([self._draw(hidden, keys, self._mask(action_mask), sampler)])
         return ActResult(drawn.action[0], drawn.logprob[0], drawn.value[0])
 
@@ -296,12 +313,14 @@ class CausalLMPolicy(Backbone):
             hidden, action, mask = self._decisions(batch)
             logprob, h = score_tokens(
                 hidden,
-                self._logits,
+                self._all_logits,
                 action,
                 mask,
+                vocab_size=self.vocab_size,
+                temperature=self.temperature,
                 entropy=entropy,
                 entropy_gradient=entropy_gradient,
-                chunk=self.logit_chunk,
+                kept=self.logit_chunk,
             )
             return Evaluation(logprob, self._values(hidden), h)
 
@@ -356,7 +375,7 @@ class CausalLMPolicy(Backbone):
             theirs.to(hidden.device),
             reference_logits,
             mask,
-            chunk=self.logit_chunk,
+            vocab_size=self.vocab_size,
         )
 
     def _decisions(self, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -403,6 +422,7 @@ class CausalLMPolicy(Backbone):
         twin.seed, twin.logit_chunk = self.seed, self.logit_chunk
         twin.vocab_size, twin.context_length = self.vocab_size, self.context_length
         twin.compute_dtype, twin.gradient_checkpointing = self.compute_dtype, False
+        twin.cuda_graphs = self.cuda_graphs
         twin.value_head = None
         twin._adapters_off = self._adapters_off or is_lora(self.model)
         if twin._adapters_off:
