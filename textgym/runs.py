@@ -1,7 +1,8 @@
 """The bookkeeping of a training run: counters, held-out evaluation, checkpoints, resume, Ctrl-C.
 
 No learning happens here, and nothing here calls an agent: an agent's `learn` opens a `Run`, loops
-while `run.wants_more`, and hands each finished update to `run.finish_update`.
+while `run.wants_more`, and hands each finished update to `run.finish_update`. With several
+processes each has a `Run`; the leader's writes files, and all stop after the same update.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from textgym.checkpoint import (
 from textgym.learning import check_scored
 from textgym.logging import RunLogger
 from textgym.metrics import rollout_metrics
+from textgym.parallel import any_of, gather, of_leader, shared, world
 from textgym.rollout import collect
 from textgym.streams import mix64
 from textgym.weights import fingerprint, read_policy, write_policy
@@ -127,14 +129,15 @@ class Run:
 
         Raises:
             CheckpointError: If the folder cannot be written, or holds a run and `resume` is False.
-            ValueError: If the reference is not that of the run that is resumed.
+            ValueError: If the reference is not that of the run that is resumed, or processes start
+                from different weights or settings.
         """
+        self.leads = world().leads
         self.policy, self.config, self.parts = policy, config, dict(parts)
         policy.invalidate_cache()  # what it did before this run must not show in how it rounds
         self.tokenizer = None if task is None else task.tokenizer
-        self.folder = None if folder is None else prepare_folder(folder)
-        if task is not None and self.folder is not None:
-            task.schedule.keep(self.folder / "rewards")
+        self.folder = None if folder is None else Path(folder).expanduser().absolute()
+        shared(lambda: self._prepare(task))
         self.total_tokens, self.max_updates = total_tokens, max_updates
         self.counters = Counters()
         self.history: list[dict[str, float]] = []
@@ -146,14 +149,23 @@ class Run:
         self._done_here = 0
         self._rollout_s = 0.0
         self._interrupt = _Interrupt()
-        if self.checkpoints is not None and (newest := latest_checkpoint(self.checkpoints)):
+        newest = None if self.checkpoints is None else latest_checkpoint(self.checkpoints)
+        # One look for all: the leader may write its first checkpoint before others have looked.
+        newest = of_leader(newest)
+        if newest is not None:
             if not resume:
                 raise CheckpointError(
                     f"{self.folder} already holds a run ({newest.name}): resume it "
                     "(resume=True, --resume) or choose another folder"
                 )
             self._load(newest)
-        self.log = RunLogger(self.folder, title=title, total_tokens=total_tokens, quiet=quiet)
+        self._check_alike()
+        self.log = RunLogger(
+            self.folder if self.leads else None,
+            title=title,
+            total_tokens=total_tokens,
+            quiet=quiet or not self.leads,
+        )
         self.log.truncate_after(self.counters.update if self.resumed else -1)
         self._clock = time.perf_counter()
         if self.resumed:
@@ -178,9 +190,9 @@ class Run:
 
     @property
     def wants_more(self) -> bool:
-        """Whether to do another update."""
+        """Whether to do another update. All processes must ask, and get the same answer."""
         here = self.max_updates is not None and self._done_here >= self.max_updates
-        return not (self.finished or here or self._interrupt.requested)
+        return not (self.finished or here or any_of(self._interrupt.requested))
 
     def __enter__(self) -> Self:
         self._interrupt.install()
@@ -253,7 +265,8 @@ class Run:
 
     def result(self) -> Result:
         """What was done."""
-        if self._interrupt.requested:
+        interrupted = any_of(self._interrupt.requested)
+        if interrupted:
             if self._saved_update != self.counters.update:  # it came when the update was done
                 self._save(best=False)
             where = f"saved {self._saved}; resume with resume=True (--resume)"
@@ -263,7 +276,7 @@ class Run:
             self.counters.update,
             self.counters.tokens,
             self.history,
-            self._interrupt.requested,
+            interrupted,
             self._saved,
             best,
         )
@@ -283,17 +296,43 @@ class Run:
         count.since_best = 0 if improved else count.since_best + 1
         return metrics | {"eval/best": count.best}, improved
 
-    def _save(self, best: bool) -> None:
-        if self.checkpoints is None:
+    def _prepare(self, task: Task | None) -> None:
+        """Make the folder, and keep in it what the reward has frozen."""
+        if self.folder is None or not self.leads:
             return
+        prepare_folder(self.folder)
+        if task is not None:
+            task.schedule.keep(self.folder / "rewards")
+
+    def _check_alike(self) -> None:
+        """Check that all processes are at the same place of the same run."""
+        mine = (fingerprint(self.policy), self._fingerprint, self._settings, self.counters)
+        if any(other != mine for other in gather(mine)):
+            raise ValueError(
+                "the processes start from different weights or settings: give each the same model, "
+                "reference, config and seed"
+            )
+
+    @property
+    def _settings(self) -> str:
+        return json.dumps(dataclasses.asdict(self.config), default=str)
+
+    def _save(self, best: bool) -> None:
+        """Let the leader write a checkpoint, and wait for it: who reads it next finds it whole."""
+        if self.checkpoints is not None:
+            self._saved = shared(lambda: self._written(best) if self.leads else None)[0]
+            self._saved_update = self.counters.update
+
+    def _written(self, best: bool) -> Path:
+        assert self.checkpoints is not None
         self.log.flush()
         state = {
             "counters": dataclasses.asdict(self.counters),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "config": json.dumps(dataclasses.asdict(self.config), default=str),
+            "config": self._settings,
             "reference": self._fingerprint,
         }
-        self._saved = save_checkpoint(
+        return save_checkpoint(
             self.checkpoints,
             step=self.counters.update,
             write=lambda path: write_policy(self.policy, self.tokenizer, path),
@@ -301,7 +340,6 @@ class Run:
             keep=self.config.keep,
             best=best,
         )
-        self._saved_update = self.counters.update
 
     def _load(self, checkpoint: Path) -> None:
         state = load_state(checkpoint)

@@ -29,6 +29,7 @@ from textgym.learning import (
     check_setup,
     learning_rate,
 )
+from textgym.parallel import world
 from textgym.returns import check_unit
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.sb3.callbacks import SampleTextCallback, TextMetricsCallback
@@ -122,6 +123,11 @@ class Training:
         folder: str | Path | None = None,
         masks: bool = False,
     ) -> None:
+        if world().size > 1:
+            raise ValueError(
+                f"stable-baselines3 trains in one process, this run has {world().size}: start it "
+                "without torchrun, or use textgym's own agents"
+            )
         if reference is None and (config.kl_coef > 0 or config.kl_target is not None):
             reference = policy.frozen_copy()
         check = partial(
