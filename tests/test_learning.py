@@ -1,4 +1,6 @@
+import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from textgym.episodes import Episodes
 from textgym.learning import (
+    FORWARD_TOKENS,
     GuardedOptimizer,
     NonFiniteError,
     UnscoredError,
@@ -106,6 +109,29 @@ def test_microbatches_are_a_partition(chosen: set[int], size: int | None) -> Non
     parts = list(microbatches(np.array(sorted(chosen)), episodes(), size))
     assert sorted(np.concatenate(parts).tolist()) == sorted(chosen)
     assert all(0 < len(part) <= (size or 3) for part in parts)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 2000), min_size=1, max_size=7),
+    size=st.one_of(st.none(), st.integers(1, 4)),
+)
+def test_no_split_of_the_sorted_sequences_is_cheaper(lengths: list[int], size: int | None) -> None:
+    ragged = SimpleNamespace(starts=np.concatenate([[0], np.cumsum(lengths)]))
+    number = len(lengths)
+    parts = list(microbatches(np.arange(number), ragged, size))  # type: ignore[arg-type]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(number))
+
+    def cost(split: list[list[int]]) -> int:
+        return sum(FORWARD_TOKENS + len(part) * max(part) for part in split)
+
+    falling = sorted(lengths, reverse=True)
+    splits = []
+    for cuts in itertools.product([False, True], repeat=number - 1):
+        ends = [0, *(k + 1 for k, cut in enumerate(cuts) if cut), number]
+        split = [falling[a:b] for a, b in itertools.pairwise(ends)]
+        if size is None or max(map(len, split)) <= size:
+            splits.append(cost(split))
+    assert cost([[lengths[k] for k in part] for part in parts]) == min(splits)
 
 
 def test_learning_rate_by_hand() -> None:

@@ -8,6 +8,7 @@ a run in `runs`.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -179,17 +180,35 @@ def check_above_0(config: Any, *names: str) -> None:
 # ------------------------------------------------------------------------------------ forwards
 
 
+FORWARD_TOKENS = 512
+"""Padding that a forward of its own is worth: what one costs beside its tokens, in tokens."""
+
+
 def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Iterator[IntArray]:
-    """Split episodes into groups of at most `size`, of similar length: little is padding."""
-    if not len(indices):  # a process that was dealt none
-        return
-    if size is None or size >= len(indices):
-        yield indices
+    """Split episodes into forwards of at most `size`, each of similar lengths.
+
+    Sorted by length, the split is the one that costs least: the padded tokens of all forwards, and
+    `FORWARD_TOKENS` for each. Where all lengths are alike, or the tokens are few, it is one.
+    """
+    count = len(indices)
+    if not count:
         return
     lengths = np.diff(episodes.starts)[indices]
-    ordered = indices[np.argsort(-lengths, kind="stable")]
-    for first in range(0, len(ordered), size):
-        yield ordered[first : first + size]
+    order = np.argsort(-lengths, kind="stable")
+    longest = lengths[order]
+    widest = count if size is None else size
+    # cost[k]: the least cost of the first k; it ends with a forward of those from begin[k] on.
+    cost, begin = np.zeros(count + 1), np.zeros(count + 1, np.int64)
+    for k in range(1, count + 1):
+        first = np.arange(max(0, k - widest), k)
+        costs = cost[first] + (k - first) * longest[first] + FORWARD_TOKENS
+        best = int(costs.argmin())
+        cost[k], begin[k] = costs[best], first[best]
+    ends = [count]
+    while ends[-1]:
+        ends.append(int(begin[ends[-1]]))
+    for first, last in itertools.pairwise(reversed(ends)):
+        yield indices[order[first:last]] if len(ends) > 2 else indices
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:
