@@ -83,6 +83,12 @@ class TestInverseCdf:
                 probs[0, at] = 0.3
                 assert inverse_cdf(probs, torch.tensor([u], dtype=torch.float64)).item() == at
 
+    @pytest.mark.parametrize("vocab", [5, BLOCK, 3 * BLOCK + 7])
+    def test_nan_gives_some_token_and_a_logprob_that_tells(self, vocab: int) -> None:
+        logits = torch.full((3, vocab), float("nan"))
+        action, logprob = draw(logits, keys(3), Sampler())
+        assert bool((action < vocab).all()) and bool(logprob.isnan().all())
+
     def test_draws_the_tail_that_float32_sums_lose(self) -> None:
         probs = torch.full((1, 4096), 1e-9)
         probs[0, 0] = 1.0

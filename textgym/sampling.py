@@ -92,7 +92,8 @@ def mix64(*parts: Tensor | int, device: torch.device | str | None = None) -> Ten
     """
     device = next((p.device for p in parts if isinstance(p, Tensor)), device)
     golden, first, second = _signed(GOLDEN), _signed(MULTIPLIERS[0]), _signed(MULTIPLIERS[1])
-    h = torch.tensor(golden, dtype=torch.int64, device=device)
+    # Filled on the device: a tensor made of a number would be sent there, and a graph can't do that.
+    h = torch.full((), golden, dtype=torch.int64, device=device)
     for part in parts:
         bits = part.to(torch.int64) if isinstance(part, Tensor) else _signed(part)
         h = (h ^ bits) + golden
@@ -186,7 +187,8 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
     token = block * BLOCK + torch.arange(BLOCK, device=probs.device)
     inside = probs.gather(-1, token.clamp(max=probs.shape[-1] - 1)).to(torch.float64)
     inside = inside.masked_fill(token >= probs.shape[-1], 0.0).cumsum(-1)
-    return (block * BLOCK + _first_above(inside, target))[:, 0]
+    # NaN sends the search beyond the end; the log-probability of any token then tells.
+    return (block * BLOCK + _first_above(inside, target)).clamp_(max=probs.shape[-1] - 1)[:, 0]
 
 
 def _first_above(cumulated: Tensor, target: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from textgym.policies.results import NOT_FINITE
 from textgym.policies.slot_cache import SlotDecoder
@@ -53,10 +54,29 @@ def make_slot_decoder(base: PreTrainedModel, vocab_size: int) -> SlotDecoder | s
         raise
     except Exception as problem:  # whatever a foreign model does with a cache it does not know
         return f"a trial run failed: {type(problem).__name__}: {problem}"
-    if not error <= _TOLERANCE.get(base.dtype, 1e-4):
+    if not error <= tolerance(base.dtype):
         return f"in a trial run it differs from the full forward by {error:.1e} (relative)"
     decoder.clear()
     return decoder
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How much hidden states of one dtype may differ from one way of computing to another."""
+    return _TOLERANCE.get(dtype, 1e-4)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference of hidden states over the norm of the expected ones.
+
+    Raises:
+        FloatingPointError: The expected ones are not finite, which says nothing about the others.
+    """
+    expected = expected.float()
+    if not bool(expected.isfinite().all()):
+        raise FloatingPointError(NOT_FINITE)
+    difference = (found.float() - expected).norm() / expected.norm()
+    # A NaN must not pass for agreement.
+    return float(difference.nan_to_num(nan=float("inf")))
 
 
 def _refuses(config: Any) -> str | None:
@@ -104,10 +124,6 @@ def _error(decoder: SlotDecoder, base: PreTrainedModel, vocab_size: int) -> floa
             full = base(
                 input_ids=torch.from_numpy(tokens).to(cached.device), use_cache=False
             ).last_hidden_state
-            full = full[torch.arange(len(length)), torch.from_numpy(length - 1)].float()
-            if not bool(full.isfinite().all()):  # says nothing about the cache
-                raise FloatingPointError(NOT_FINITE)
-            difference = (cached.float() - full).norm() / full.norm()
-            # A NaN must not pass for agreement.
-            worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
+            full = full[torch.arange(len(length)), torch.from_numpy(length - 1)]
+            worst = max(worst, relative_error(cached, full))
     return worst

@@ -179,7 +179,9 @@ class CausalLMPolicy(Backbone):
         sample_index = read_stream(sample_index, len(ids), "sample_index")
         sampler = Sampler("greedy", self.temperature) if deterministic else self.sampler
         with torch.inference_mode(), self._forward_mode():
-            graphs = None if action_mask is not None else graphs_for(self, sampler)
+            graphs = (
+                None if action_mask is not None else graphs_for(self, sampler, slots, ids.shape[1])
+            )
             if graphs is not None:
                 return graphs.act(ids, length, slots, stream, sample_index, sampler)
             hidden = self._hidden_last(ids, length, slots)
@@ -197,6 +199,7 @@ class CausalLMPolicy(Backbone):
         max_new_tokens: int,
         stop_ids: Collection[int],
         action_mask: NDArray[np.bool_] | Tensor | None = None,
+        num_rows: int | None = None,
     ) -> Generation:
         """Write whole responses without an environment: the tokens of a loop of `act` and `step`.
 
@@ -207,10 +210,14 @@ class CausalLMPolicy(Backbone):
             max_new_tokens: The longest response.
             stop_ids: Ids that end a response.
             action_mask: Bool [n, V], the same at every step.
+            num_rows: How many responses are written at once; where one ends, the next begins. None:
+                all.
         """
         ids, length = self._read(obs)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        if num_rows is not None and num_rows < 1:
+            raise ValueError(f"num_rows: expected at least 1, got {num_rows}")
         check_context(int(length.max()) + max_new_tokens, self.context_length)
         with torch.inference_mode(), self._forward_mode():
             return write_responses(
@@ -222,6 +229,7 @@ class CausalLMPolicy(Backbone):
                 max_new_tokens,
                 stop_ids,
                 self._mask(action_mask),
+                num_rows,
             )
 
     def _draw(

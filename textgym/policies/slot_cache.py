@@ -87,7 +87,7 @@ class SlotDecoder:
         """
         n, columns = ids.shape
         rows = np.arange(n) if rows is None else rows
-        self._grow(int(rows.max()) + 1, columns)
+        self.reserve(int(rows.max()) + 1, columns)
         keep = np.minimum(self.agreeing(ids, length, rows), length - 1)
         missing = length - 1 - keep
         with self._all_or_nothing():
@@ -105,7 +105,7 @@ class SlotDecoder:
     @torch.inference_mode()
     def fill(self, ids: Ints, length: Ints, rows: Ints) -> None:
         """Compute what is missing before the last token of each row; arguments as in `hidden`."""
-        self._grow(int(rows.max()) + 1, ids.shape[1])
+        self.reserve(int(rows.max()) + 1, ids.shape[1])
         keep = np.minimum(self.agreeing(ids, length, rows), length - 1)
         with self._all_or_nothing():
             if (keep < length - 1).any():
@@ -133,7 +133,7 @@ class SlotDecoder:
             match them.
         """
         pos = self.held[rows]
-        self._grow(int(rows.max()) + 1, int(pos.max()) + 1)
+        self.reserve(int(rows.max()) + 1, int(pos.max()) + 1)
         with self._all_or_nothing():
             hidden = self._decode(tokens, pos, rows)
         self.tokens[rows, pos] = -1
@@ -153,7 +153,8 @@ class SlotDecoder:
             self.clear()
             raise
 
-    def _grow(self, num_rows: int, columns: int) -> None:
+    def reserve(self, num_rows: int, columns: int) -> None:
+        """Make room for at least so many rows and columns."""
         old_rows, old_columns = self.tokens.shape
         if num_rows > old_rows or columns > old_columns:
             shape = (max(num_rows, old_rows), max(columns, old_columns))

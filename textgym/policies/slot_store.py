@@ -114,7 +114,7 @@ class SlotStore(Cache):
         self.num_slots = 0
         self.num_columns = 0
         self.stays = False
-        """Whether the tensors stay where they are when they are forgotten (graphs refer to them)."""
+        """Whether tensors stay in place when what they hold is forgotten: graphs refer to them."""
         self.version = 0
         """Raised when tensors move."""
         self.slot_layers = [_SlotLayer(self) for _ in range(num_layers)]
