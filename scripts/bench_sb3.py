@@ -15,20 +15,18 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch: one thread, so CPU time is comparable
 
-import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
-from machine import described
+from machine import described, peak_mib
 from stable_baselines3 import PPO
 
 from textgym.policies import random_causal_lm
@@ -120,15 +118,6 @@ def peak(kind: str, vocab_size: int, args: Args) -> tuple[float, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     built, most = json.loads(done.stdout.splitlines()[-1])
     return built, most
-
-
-def peak_mib() -> float:
-    """Peak memory of this process; `ru_maxrss` would begin with that of the process before it."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def run_once(kind: str, args: Args) -> None:

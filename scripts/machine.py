@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import sys
 from importlib.metadata import version
@@ -31,6 +32,19 @@ def described(packages: tuple[str, ...] = ("gymnasium", "numpy", "torch")) -> di
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "commit": _commit(),
     }
+
+
+def peak_mib(device: str = "cpu") -> float:
+    """Peak memory of this process in MiB, or that of an accelerator's allocator."""
+    if device != "cpu":
+        import torch
+
+        return torch.accelerator.max_memory_allocated() / 2**20
+    try:  # ru_maxrss would begin with that of the process before it
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def _processor() -> str:
