@@ -21,6 +21,7 @@ from textgym.evaluation import (
     rouge_metric,
 )
 from textgym.learning import microbatches
+from textgym.parallel import deal, total
 from textgym.rewards import TextBatch
 from textgym.rollout import collect
 
@@ -160,11 +161,12 @@ def _against(
     """KL to the reference (exact, nats per response) and perplexity under it."""
     kl, logprob = np.zeros(episodes.num_tokens), np.zeros(episodes.num_tokens)
     with sampler(policy, top_k=None, top_p=None):  # the distribution before any cut
-        for part in microbatches(np.arange(len(episodes)), episodes, _FORWARD):
+        for part in microbatches(deal(np.diff(episodes.starts)), episodes, _FORWARD):
             tokens = episodes.tokens(part)
             kl[tokens] = policy.kl(reference, episodes.batch(part)).cpu().numpy()
             scored = reference.evaluate(episodes.batch(part), entropy=False)
             logprob[tokens] = scored.logprob.cpu().numpy()
+    kl, logprob = total(kl), total(logprob)
     return {
         "kl": mean_metric("kl", episodes.per_episode(kl)),
         "perplexity": perplexity_metric(episodes.per_episode(logprob), episodes.lengths),

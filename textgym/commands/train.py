@@ -3,6 +3,8 @@
 The options of the task and of the run are `TrainArgs`, those of the algorithm are the fields of its
 config, the same dataclass that Python users pass. A run's folder holds them (`run.json`), logs,
 samples, TensorBoard events, checkpoints, the learning curve and the final table (`report.json`).
+Under `torchrun` the processes share the work (see `textgym.parallel`), and the first of them writes
+and prints.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +49,7 @@ from textgym.commands.report import (
 from textgym.commands.setup import TaskMaker
 from textgym.learning import NonFiniteError, UnscoredError
 from textgym.logging import plot_learning_curve, read_metrics
+from textgym.parallel import ProcessError, of_leader, start, stop, world
 from textgym.runs import Result
 from textgym.tokens import EMBEDDED
 from textgym.weights import read_policy
@@ -75,11 +79,14 @@ def run_sft(arguments: Sequence[str]) -> int:
 
 
 def _run(agent: str, arguments: Sequence[str]) -> int:
-    console = Console(highlight=False)
     with reported():
         args, config = parse(agent, arguments)
+        console = Console(highlight=False, quiet=not start(args.device).leads)
         training = Training(agent, args, config, console)
-    return training.run()
+    status = training.run()
+    if status != 1:  # a process that failed leaves without waiting for the others
+        stop()
+    return status
 
 
 class Training:
@@ -97,8 +104,9 @@ class Training:
 
     def __init__(self, agent: str, args: TrainArgs, config: Any, console: Console) -> None:
         self.agent, self.args, self.config, self.console = agent, args, config, console
+        self.leads = world().leads
         self.maker = TaskMaker(args)
-        self.folder = _folder(agent, args, self.maker.id)
+        self.folder = of_leader(_folder(agent, args, self.maker.id))
         if not args.resume and (self.folder / OPTIONS).exists():
             raise UsageError(
                 f"{self.folder} already holds a run: go on with --resume, or choose another folder"
@@ -109,7 +117,8 @@ class Training:
         self.policy = self.start()
         self.reference = self.policy.frozen_copy()
         self.learner = self.make(agent, self.policy, config, self.folder)
-        prepare_folder(self.folder)
+        if self.leads:
+            prepare_folder(self.folder)
 
     def training_envs(self, agent: str) -> Any:
         """What an agent learns in, which resets as the agent wants it."""
@@ -145,14 +154,17 @@ class Training:
         self.introduce()
         before = self.measure(self.policy if not args.resume else self.start())
         options = {"agent": self.agent, "args": plain(args), "config": plain(self.config)}
-        write_json(self.folder / OPTIONS, options)
+        if self.leads:
+            write_json(self.folder / OPTIONS, options)
         command = "sft" if self.agent == "sft" else "train"
         again = f"textgym {command} --resume --folder {self.folder}"
         try:
             result, seconds = self.timed(
                 self.learner, self.total_tokens, resume=args.resume, quiet=args.quiet
             )
-        except (CheckpointError, NonFiniteError, UnscoredError, OSError) as error:
+        except (CheckpointError, NonFiniteError, UnscoredError, ProcessError, OSError) as error:
+            if not self.leads and isinstance(error, OSError):  # all meet the others alike
+                print(f"process {world().rank}: {error}", file=sys.stderr)
             console.print(f"[red]{escape(str(error))}[/]\nwhen that is mended: {escape(again)}")
             return 1
         if result.interrupted:
@@ -163,17 +175,19 @@ class Training:
             read_policy(self.policy, best)
         columns = {"before": before, self.agent: self.measure(self.policy)}
         took = {self.agent: seconds}
-        top = ceiling(self.test.task, count=args.report_prompts)
         if self.wants_baseline:
-            shown = {name: summary(measured) for name, measured in columns.items()}
-            console.print(metrics_table("so far", shown))
+            if self.leads:
+                shown = {name: summary(measured) for name, measured in columns.items()}
+                console.print(metrics_table("so far", shown))
             console.print(
                 "\nnow sft from the same start for the same time, to compare "
                 "(--sft-baseline False leaves it out)",
                 soft_wrap=True,
             )
             columns["sft"], took["sft"] = self.baseline(seconds)
-        self.report(columns, top, result, took)
+        if self.leads:
+            top = ceiling(self.test.task, count=args.report_prompts)
+            self.report(columns, top, result, took)
         return 0
 
     def introduce(self) -> None:
@@ -181,9 +195,12 @@ class Training:
         tables = [len(envs.task.prompts) for envs in (self.envs, self.validation, self.test)]
         parameters = sum(p.numel() for p in self.policy.model.parameters())
         rewards = " + ".join(self.envs.task.schedule.names)
+        device = str(self.policy.device)
+        if world().size > 1:
+            device = f"{self.policy.device.type}, {world().size} processes"
         self.console.print(
             f"[bold]{self.agent}[/] on {self.maker.id}, reward {rewards}"
-            f"\nmodel {escape(self.maker.model)}: {parameters:,} parameters on {self.policy.device}"
+            f"\nmodel {escape(self.maker.model)}: {parameters:,} parameters on {device}"
             f"\nprompts: {tables[0]} training, {tables[1]} validation, {tables[2]} test"
             f"\nfolder {escape(str(self.folder))}"
         )
@@ -217,21 +234,23 @@ class Training:
     def timed(self, learner: Any, tokens: int | None, **options: Any) -> tuple[Result, float]:
         """Let an agent learn; gives also how many seconds it took, those before a resume included.
 
-        On the CPU they are CPU seconds, so that a busy machine cheats nobody.
+        On the CPU they are CPU seconds, so that a busy machine cheats nobody; of several processes
+        the leader's count.
         """
         clock = time.process_time if self.policy.device.type == "cpu" else time.perf_counter
         start = clock()
         result: Result = learner.learn(tokens, **options)
         seconds = clock() - start
-        if options.get("resume") and (here := _update_seconds(result.history)):
+        if self.leads and options.get("resume") and (here := _update_seconds(result.history)):
             seconds *= _update_seconds(read_metrics(learner.folder)) / here
-        return result, seconds
+        return result, of_leader(seconds)
 
     def baseline(self, seconds: float) -> tuple[Measured, float]:
         """Train SFT from the same start for as long, its weights chosen on validation."""
         config = dataclasses.replace(config_for("sft", self.maker.model), seed=self.config.seed)
         folder = self.folder / "sft"
-        shutil.rmtree(folder, ignore_errors=True)
+        if self.leads:
+            shutil.rmtree(folder, ignore_errors=True)
         # How fast it is, on weights that are thrown away.
         probe = agent_class("sft")(self.start(), self.training_envs("sft"), config)
         done, spent = self.timed(probe, 1 << 40, quiet=True, max_updates=PROBE_UPDATES)
