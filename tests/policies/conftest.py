@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from textgym import streams
 from textgym.episodes import SequenceBatch
 from textgym.policies import CausalLMPolicy, random_causal_lm
+from textgym.sampling import gumbel_noise
 
 VOCAB = 61
 
@@ -29,6 +31,43 @@ def sharp_model(
                 parameter.mul_(4.0)
     model.set_attn_implementation(attention)
     return model
+
+
+def fork_gap(
+    policy: CausalLMPolicy, ids: np.ndarray, key: np.uint64, one: int, other: int
+) -> float:
+    """How close the draw after `ids` with that key is to giving the one token and not the other."""
+    with torch.no_grad():
+        hidden = policy._hidden_all(torch.from_numpy(ids[None]).to(policy.device))[:, -1]
+        logits = policy._logits(hidden)[0].double().cpu()
+    if policy.sampler.method == "inverse_cdf":
+        bounds = logits.softmax(0).cumsum(0)[min(one, other) : max(one, other)]
+        return float((bounds - float(streams.uniform53(key))).abs().min())
+    if policy.sampler.method == "gumbel":
+        logits = logits + gumbel_noise(torch.tensor([key.view(np.int64)]), len(logits))[0]
+    return float((logits[one] - logits[other]).abs())
+
+
+@pytest.fixture
+def assert_same_draws() -> Callable[..., np.ndarray]:
+    """Assert that two ways to draw agree, up to draws within 1e-5 of a boundary.
+
+    `(policy, ids, length, keys, one, other)`: observations [n, L], [n], keys of the draws uint64
+    [n], and two results of `act`. Gives the rows whose tokens are the same.
+    """
+
+    def check(
+        policy: CausalLMPolicy, ids: Any, length: Any, keys: Any, one: Any, other: Any
+    ) -> np.ndarray:
+        same: np.ndarray = one.action == other.action
+        for i in np.flatnonzero(~same):
+            gap = fork_gap(policy, ids[i, : length[i]], keys[i], one.action[i], other.action[i])
+            assert gap < 1e-5
+        np.testing.assert_allclose(one.logprob[same], other.logprob[same], atol=1e-4)
+        np.testing.assert_allclose(one.value, other.value, atol=1e-4)
+        return same
+
+    return check
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,7 @@ class StepGraphs:
         self._compiled = policy.cuda_graphs == "compile"
         self._body = torch.compile(decode_step, fullgraph=True) if self._compiled else decode_step
         if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     @property
     def policy(self) -> CausalLMPolicy:
@@ -194,6 +194,8 @@ class StepGraphs:
         made_for = (decoder.store.version, *self._weights[1])
         if made_for == self._made_for:
             return
+        if self.device.type == "cuda" and self._programs:
+            torch.cuda.synchronize(self.device)  # none of them may still run
         self._programs.clear()
         self._made_for, self.graph_bytes = made_for, 0
         # One place more than slots: a view of all slots is then strided as one of some is, and what
@@ -210,9 +212,10 @@ class StepGraphs:
         """Where the weights are, and which adapters are on: what a graph has for good."""
         policy, base = self.policy, self.decoder.base
         tensors = itertools.chain(policy.parameters(), base.parameters(), base.buffers())
+        modules: Iterator[Any] = base.modules()
         adapters = (
             (module.merged, module.disable_adapters, tuple(module.active_adapters))
-            for module in base.modules()
+            for module in modules
             if hasattr(module, "active_adapters") and hasattr(module, "merged")
         )
         return (*(tensor.data_ptr() for tensor in tensors), *adapters)

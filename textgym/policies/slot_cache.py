@@ -58,6 +58,10 @@ class SlotDecoder:
         self.prefilled_tokens = 0
         self.times_cleared = 0
 
+    def __del__(self) -> None:
+        for layer in self.store.slot_layers:  # they and the store hold each other
+            layer.drop()
+
     @property
     def device(self) -> torch.device:
         """Where the model lives."""
