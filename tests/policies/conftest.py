@@ -71,6 +71,40 @@ def assert_same_draws() -> Callable[..., np.ndarray]:
 
 
 @pytest.fixture
+def assert_same_responses() -> Callable[..., None]:
+    """Assert that two generations agree, up to a first fork within 1e-5 of a boundary.
+
+    `(policy, ids, length, stream, one, other, atol=)`: prompts [n, L], [n], their streams, and two
+    results of `generate`; the log-probabilities before a fork agree to `atol`.
+    """
+
+    def check(
+        policy: CausalLMPolicy,
+        ids: Any,
+        length: Any,
+        stream: Any,
+        one: Any,
+        other: Any,
+        atol: float = 1e-4,
+    ) -> None:
+        for i in range(len(ids)):
+            same = shared = min(one.count[i], other.count[i])
+            forks = one.tokens[i, :shared] != other.tokens[i, :shared]
+            if forks.any():
+                same = int(forks.argmax())
+                before = np.concatenate([ids[i, : length[i]], one.tokens[i, :same]])
+                key = streams.mix64(policy.seed, stream[i], 0, length[i] + same)
+                tokens = one.tokens[i, same], other.tokens[i, same]
+                assert fork_gap(policy, before, key, *tokens) < 1e-5
+            else:
+                assert one.count[i] == other.count[i]
+            np.testing.assert_allclose(one.logprob[i, :same], other.logprob[i, :same], atol=atol)
+            np.testing.assert_allclose(one.value[i, :same], other.value[i, :same], atol=atol)
+
+    return check
+
+
+@pytest.fixture
 def make_model() -> Callable[..., Any]:
     return sharp_model
 
