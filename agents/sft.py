@@ -212,7 +212,7 @@ class SFT:
         tokens = sum(len(example.response) for example in examples)
         nll = torch.zeros((), device=self.policy.device)
         for part in _parts(examples, self.config.microbatch):
-            scored = self.policy.evaluate(sequence_batch(part, self.policy.device), entropy=False)
+            scored = self.policy.evaluate(sequence_batch(part), entropy=False)
             loss = -scored.logprob.sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             nll += loss.detach()
@@ -239,11 +239,11 @@ class SFT:
     @torch.no_grad()
     def nll(self, examples: Sequence[Example]) -> float:
         """Negative log-likelihood of reference responses, nats per token."""
-        likelihood = 0.0
-        for part in _parts(examples, self.config.microbatch or self.config.batch_size):
-            batch = sequence_batch(part, self.policy.device)
-            likelihood += float(self.policy.evaluate(batch, entropy=False).logprob.double().sum())
-        whole: float = total(likelihood)
+        sums = [
+            self.policy.evaluate(sequence_batch(part), entropy=False).logprob.double().sum()
+            for part in _parts(examples, self.config.microbatch or self.config.batch_size)
+        ]
+        whole: float = total(sum(torch.stack(sums).tolist()) if sums else 0.0)
         return -whole / sum(len(example.response) for example in examples)
 
     def _remember(self, score: float) -> None:
@@ -305,8 +305,8 @@ def reference_examples(
     return found
 
 
-def sequence_batch(examples: Sequence[Example], device: torch.device) -> SequenceBatch:
-    """Whole sequences whose action tokens are the responses."""
+def sequence_batch(examples: Sequence[Example]) -> SequenceBatch:
+    """Whole sequences whose action tokens are the responses, on the CPU."""
     lengths = [len(example.prompt) + len(example.response) for example in examples]
     ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
     row, col = [], []
@@ -315,10 +315,7 @@ def sequence_batch(examples: Sequence[Example], device: torch.device) -> Sequenc
         row.append(torch.full((len(example.response),), b))
         col.append(torch.arange(len(example.prompt), lengths[b]))
     return SequenceBatch(
-        ids=ids.to(device),
-        lengths=torch.tensor(lengths, device=device),
-        row=torch.cat(row).to(device),
-        col=torch.cat(col).to(device),
+        ids=ids, lengths=torch.tensor(lengths), row=torch.cat(row), col=torch.cat(col)
     )
 
 

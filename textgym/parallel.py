@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ BUCKET = 1 << 23
 
 
 class ProcessError(RuntimeError):
-    """Another process of the run has failed. The message says which, and why."""
+    """Another process of the run has failed. The message says why, where that is known."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,17 @@ def stop() -> None:
 
 
 def gather(thing: T) -> list[T]:
-    """What every process has, by rank. All processes must call it; they wait for each other."""
+    """What every process has, by rank. All processes must call it; they wait for each other.
+
+    Raises:
+        ProcessError: One of them is gone, or does not answer in time.
+    """
     here = world()
     if here.size == 1:
         return [thing]
     found: list[Any] = [None] * here.size
-    dist.all_gather_object(found, thing)
+    with _together():
+        dist.all_gather_object(found, thing)
     return found
 
 
@@ -193,6 +199,9 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], loss: Tensor) -> Ten
 
     Returns:
         Sum of the losses, 0-d.
+
+    Raises:
+        ProcessError: As `gather` does.
     """
     if world().size == 1:
         return loss
@@ -204,10 +213,22 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], loss: Tensor) -> Ten
     summed = loss.detach().clone().reshape(1)
     for bucket in _buckets([summed, *(p.grad for p in used if p.grad is not None)]):
         flat = torch.cat([x.reshape(-1).float() for x in bucket])
-        dist.all_reduce(flat)
-        for x, part in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+        with _together():
+            dist.all_reduce(flat)
+        for x, part in zip(bucket, torch.split(flat, [x.numel() for x in bucket]), strict=True):
             x.copy_(part.view_as(x))
     return summed[0]
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            f"another process of this run is gone, or has not answered in time ({error}); what it "
+            "said itself tells why"
+        ) from error
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -25,7 +25,7 @@ def test_examples_by_hand(make_envs: Any) -> None:
 
 def test_a_batch_marks_responses_only(make_envs: Any) -> None:
     examples = reference_examples(make_envs().task, "references")[6:8]
-    batch = sequence_batch(examples, torch.device("cpu"))
+    batch = sequence_batch(examples)
     assert batch.ids.tolist() == [[1, 2, 1, 2, 0, 4], [1, 2, 0, 0, 4, 0]]
     assert batch.lengths.tolist() == [6, 5]
     assert batch.ids[batch.row, batch.col].tolist() == [1, 2, 0, 4, 0, 0, 4]
