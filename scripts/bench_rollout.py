@@ -6,11 +6,17 @@ in turns. `generate` is that of the model as transformers makes it; `same layers
 policy's own model, whose linear layers a CPU multiplies by oneDNN. It also steps the environment
 alone. The clock is CPU time of one thread; on an accelerator it is wall time. The last line is
 JSON.
+
+`--preset gpu` takes a model of 0.5 billion parameters in bfloat16 (random weights, the numbers of
+Qwen2.5-0.5B) and longer responses. There `static` is `generate` with transformers' static cache,
+which it compiles on CUDA; `eager` is the sequence path without CUDA graphs, `compiled` the same
+with compiled ones. What the first use takes (captures, compilers) is stated beside the times.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 
@@ -19,8 +25,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch: one thread, so CP
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,45 +34,80 @@ import tyro
 from machine import described
 
 from textgym.policies import CausalLMPolicy, random_causal_lm
+from textgym.policies.loading import resolve_device
 from textgym.rollout import collect
 from textgym.tokens import symbol_tokenizer
 from textgym.vector import TextGenVectorEnv
 
-KINDS = ("generate", "same_layers", "step", "sequence", "environment")
+Preset = Literal["cpu", "gpu"]
+MODELS: dict[Preset, dict[str, int]] = {
+    "cpu": {
+        "hidden_size": 256,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "intermediate_size": 688,
+    },
+    "gpu": {  # the numbers of Qwen2.5-0.5B
+        "hidden_size": 896,
+        "num_layers": 24,
+        "num_heads": 14,
+        "num_kv_heads": 2,
+        "intermediate_size": 4864,
+    },
+}
+DTYPES: dict[Preset, str] = {"cpu": "float32", "gpu": "bfloat16"}
+SIZES: dict[Preset, dict[str, Any]] = {
+    "cpu": {
+        "vocab_sizes": (4096, 32_000),
+        "num_envs": (16, 64),
+        "prompt_tokens": 32,
+        "new_tokens": 64,
+        "rounds": 5,
+    },
+    "gpu": {
+        "vocab_sizes": (151_936,),
+        "num_envs": (64, 256),
+        "prompt_tokens": 32,
+        "new_tokens": 512,
+        "rounds": 3,
+    },
+}
 
 
 @dataclass(frozen=True)
 class Args:
-    """What to measure."""
+    """What to measure. What is left empty or 0 is as the preset says."""
 
-    vocab_sizes: tuple[int, ...] = (4096, 32_000)
+    preset: Preset = "cpu"
+    """A small model in float32, or one of 0.5 billion parameters in bfloat16."""
+    vocab_sizes: tuple[int, ...] = ()
     """Vocabulary sizes V."""
-    num_envs: tuple[int, ...] = (16, 64)
+    num_envs: tuple[int, ...] = ()
     """Numbers of rows N."""
-    prompt_tokens: int = 32
+    prompt_tokens: int = 0
     """Length of every prompt."""
-    new_tokens: int = 64
+    new_tokens: int = 0
     """Length of every response; nothing else ends it."""
-    rounds: int = 5
+    rounds: int = 0
     """Measurements of each kind, taken in turns; tables show the median."""
     device: str = "auto"
     """Where the model runs."""
 
+    def complete(self) -> Args:
+        """Fill in the preset."""
+        given = {name: value for name, value in asdict(self).items() if value}
+        return Args(**{**SIZES[self.preset], **given})
+
 
 def make_policy(vocab_size: int, args: Args) -> tuple[CausalLMPolicy, Any]:
-    """A Llama with grouped-query attention and tied embeddings, float32; and its plain twin."""
+    """A Llama with grouped-query attention and tied embeddings; and its plain twin."""
     model = random_causal_lm(
-        vocab_size,
-        hidden_size=256,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=688,
-        max_positions=args.prompt_tokens + args.new_tokens,
+        vocab_size, max_positions=args.prompt_tokens + args.new_tokens, **MODELS[args.preset]
     )
     plain = copy.deepcopy(model)
-    policy = CausalLMPolicy(model, device=args.device)
-    return policy, plain.to(policy.device)
+    policy = CausalLMPolicy(model, device=args.device, dtype=DTYPES[args.preset])
+    return policy, plain.to(device=policy.device, dtype=policy.model.dtype)
 
 
 def make_envs(vocab_size: int, num_envs: int, args: Args) -> TextGenVectorEnv:
@@ -96,17 +137,18 @@ def runners(
     actions = np.random.default_rng(0).integers(policy.vocab_size, size=(args.new_tokens, number))
     sampled: dict[str, Any] = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
 
-    def generate(model: Any) -> None:
+    def generate(model: Any, **settings: Any) -> None:
         written = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=args.new_tokens,
             pad_token_id=0,
             **sampled,
+            **settings,
         )
         assert written.shape[1] == args.prompt_tokens + args.new_tokens
 
-    def collected(path: Any) -> None:
+    def collected(path: Any, policy: CausalLMPolicy = policy) -> None:
         policy.invalidate_cache()  # as after an update: prompts are prefilled each time
         episodes = collect(policy, envs, number, prompt_rows=rows, path=path)
         assert len(episodes.logprob) == number * args.new_tokens
@@ -116,13 +158,22 @@ def runners(
         for action in actions:
             envs.step(action)
 
-    return {
+    kinds = {
         "generate": lambda: generate(plain),
         "same_layers": lambda: generate(policy.model),
         "step": lambda: collected("step"),
         "sequence": lambda: collected("sequence"),
         "environment": environment,
     }
+    if args.preset == "gpu":
+        del kinds["same_layers"]  # on a GPU they are the same
+        kinds["static"] = lambda: generate(plain, cache_implementation="static")
+        eager = CausalLMPolicy(policy.model, device=policy.device, cuda_graphs=False)
+        kinds["eager"] = lambda: collected("sequence", eager)
+        if policy.device.type == "cuda":
+            fused = CausalLMPolicy(policy.model, device=policy.device, cuda_graphs="compile")
+            kinds["compiled"] = lambda: collected("sequence", fused)
+    return kinds
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -140,55 +191,108 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 def measure(vocab_size: int, num_envs: int, args: Args) -> dict[str, Any]:
     """Tokens per second of every kind, and what collect wins over generate."""
+    gc.collect()  # models of the row before refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     policy, plain = make_policy(vocab_size, args)
     kinds = runners(policy, plain, make_envs(vocab_size, num_envs, args), args)
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    first: dict[str, float] = {}
     for turn in range(args.rounds + 1):
-        for kind in KINDS:
+        for kind in kinds:
             spent = seconds(kinds[kind], policy.device)
             if turn:  # the first one warms up
                 times[kind].append(spent)
+            else:
+                first[kind] = spent
     tokens = num_envs * args.new_tokens
-    middle = {kind: statistics.median(times[kind]) for kind in KINDS}
+    middle = {kind: statistics.median(times[kind]) for kind in kinds}
     row: dict[str, Any] = {"vocab_size": vocab_size, "num_envs": num_envs}
-    row |= {kind: round(tokens / middle[kind]) for kind in KINDS}
+    row |= {kind: round(tokens / middle[kind]) for kind in kinds}
     row["step_over_generate"] = round(middle["generate"] / middle["step"], 2)
     row["sequence_over_generate"] = round(middle["generate"] / middle["sequence"], 2)
-    row["step_over_same_layers"] = round(middle["same_layers"] / middle["step"], 2)
+    if "same_layers" in kinds:
+        row["step_over_same_layers"] = round(middle["same_layers"] / middle["step"], 2)
+    if "static" in kinds:
+        row["sequence_over_static"] = round(middle["static"] / middle["sequence"], 2)
+    if "compiled" in kinds:
+        row["compiled_over_static"] = round(middle["static"] / middle["compiled"], 2)
     row["environment_share"] = round(middle["environment"] / middle["step"], 3)
+    row["environment_share_of_sequence"] = round(middle["environment"] / middle["sequence"], 3)
     row["spread"] = {k: [round(tokens / max(t)), round(tokens / min(t))] for k, t in times.items()}
+    row["first_seconds"] = {kind: round(spent, 2) for kind, spent in first.items()}
+    if policy.device.type == "cuda":
+        row["memory"] = gpu_memory(policy)
     return row
+
+
+def gpu_memory(policy: CausalLMPolicy) -> dict[str, int]:
+    """MiB on the device: most that was allocated, of all kinds, and of the graphs of one policy."""
+    decoder = policy._decoder
+    graphs = None if decoder is None else decoder.graphs
+    found = {"peak": torch.cuda.max_memory_allocated() >> 20}
+    if graphs is not None:
+        found |= {"graphs": graphs.steps.graph_bytes >> 20, "captures": graphs.steps.captures}
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    cells = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            continue
+        if "_over_" in name:
+            cells.append(f"{value}x")
+        else:
+            cells.append(f"{value:.1%}" if "share" in name else f"{value:,}")
+    return " ".join(f"{cell:>11}" for cell in cells)
+
+
+HEADS = {
+    "vocab_size": "V",
+    "num_envs": "N",
+    "same_layers": "same layers",
+    "step": "step path",
+    "environment": "env alone",
+    "step_over_generate": "step/gen",
+    "step_over_same_layers": "step/same",
+    "sequence_over_generate": "seq/gen",
+    "sequence_over_static": "seq/static",
+    "compiled_over_static": "comp/static",
+    "environment_share": "env/step",
+    "environment_share_of_sequence": "env/seq",
+}
 
 
 def main(args: Args) -> None:
     """Print the table and the JSON line."""
     torch.set_num_threads(1)
+    args = args.complete()
     result: dict[str, Any] = {"benchmark": "bench_rollout"}
     result |= described(("torch", "transformers", "gymnasium", "numpy"))
     for key in ("processor", "cores", "system", "python", "versions", "command", "commit"):
         print(f"{key:<10} {result[key]}")
-    device = make_policy(8, args)[0].device
+    device = resolve_device(args.device)
     result |= {
-        "device": str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "clock": "cpu" if device.type == "cpu" else "wall",
+        "dtype": DTYPES[args.preset],
         "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens,
         "rows": [],
     }
+    print(f"{'device':<10} {result['device']}, {result['dtype']}")
     print(f"\ntokens per second ({result['clock']} time), median of {args.rounds}")
-    heads = ("V", "N", "generate", "same layers", "step path", "sequence")
-    heads += ("step/gen", "step/same", "seq/gen", "env share")
-    print(" ".join(f"{head:>11}" for head in heads))
     for vocab_size in args.vocab_sizes:
         for num_envs in args.num_envs:
             row = measure(vocab_size, num_envs, args)
+            if not result["rows"]:
+                names = [name for name, value in row.items() if not isinstance(value, dict)]
+                print(" ".join(f"{HEADS.get(name, name):>11}" for name in names))
             result["rows"].append(row)
-            print(
-                " ".join(f"{n:>11,}" for n in (vocab_size, num_envs, *(row[k] for k in KINDS[:4]))),
-                f"{row['step_over_generate']:>10}x {row['step_over_same_layers']:>10}x"
-                f" {row['sequence_over_generate']:>10}x {row['environment_share']:>11.1%}",
-                flush=True,
-            )
+            print(line(row), flush=True)
     print(json.dumps(result))
 
 
