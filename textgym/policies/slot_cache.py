@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.policies.cpu_attention import cpu_attention
 from textgym.policies.results import to_device
 from textgym.policies.slot_store import Ints, Plan, SlotStore
 
@@ -181,13 +182,14 @@ class SlotDecoder:
                 lowest = torch.finfo(self.base.dtype).min
                 mask = torch.where(mask, 0.0, lowest).to(self.base.dtype)
         position_ids = plan.pos.clamp(max=self.store.num_columns - 2)
-        out = self.base(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=self.store,
-            use_cache=True,
-        )
+        with cpu_attention(self.base, applies=not plan.fresh and tokens.shape[1] == 1):
+            out = self.base(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=self.store,
+                use_cache=True,
+            )
         hidden: Tensor = out.last_hidden_state
         return hidden
 
