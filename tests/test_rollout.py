@@ -62,6 +62,7 @@ class Scripted:
         *,
         max_new_tokens: int,
         stop_ids: Sequence[int],
+        num_rows: int,
     ) -> SimpleNamespace:
         length = obs["length"].copy()
         made = []
@@ -149,7 +150,9 @@ def nod(row: Mapping[str, Any], ids: Sequence[int]) -> Reply | None:
 @pytest.mark.parametrize("number", [1, 3, 8, 64])
 def test_exactly_b_episodes_are_begun_and_finished(number: int, path: Any) -> None:
     made, envs = gather(make_task(), 20, number, path=path)
-    assert len(made) == envs.begun == envs.ended == 20
+    assert len(made) == envs.ended == 20
+    # Where rows are fewer, whole responses are written to prompts that were read once before.
+    assert envs.begun == (40 if path == "sequence" and number < 20 else 20)
     assert (made.terminated | made.truncated).all()
     assert all(reason is not None for reason in made.stop_reason)
 
@@ -475,6 +478,22 @@ def test_step_path_is_sequence_path_is_two_half_batches(budget: str) -> None:
     halves = [run(task, policy, 8, 4, seed=6, group_size=2, first_episode=g) for g in (0, 4)]
     np.testing.assert_array_equal(np.concatenate([h.ids for h in halves]), step.ids)
     np.testing.assert_array_equal(np.concatenate([h.reward for h in halves]), step.reward)
+
+
+@pytest.mark.parametrize("path", ["step", "sequence"])
+def test_refilled_rows_write_what_waiting_rows_write(path: Any) -> None:
+    """Not only the distributions of lengths and rewards are the same: the episodes are."""
+    task, policy = real(max_new_tokens=24)
+    waiting = [  # each batch of 8 is begun when the last row of the one before has ended
+        run(task, policy, 8, 8, seed=6, group_size=4, first_episode=first, path=path)
+        for first in range(0, 12, 2)
+    ]
+    together = Episodes.join(waiting)
+    assert together.lengths.min() < 6 and together.lengths.max() == 24  # it is ragged
+    for number in (1, 5, 8, 48):
+        refilled = run(task, policy, 48, number, seed=6, group_size=4, path=path)
+        assert_alike(refilled, together)
+        np.testing.assert_array_equal(refilled.group, together.group)
 
 
 def test_scores_of_the_rollout_are_those_of_a_whole_forward() -> None:

@@ -4,10 +4,13 @@ Exactly B episodes are started, from a queue, and all of them are finished. Stop
 budget or keeping the first finishers would prefer short responses. A finished row is given the
 queue's next episode at once; an episode and its draws depend on the run's seed and the episode's
 index only, so the number of rows changes nothing but speed.
+
+Shapes: B episodes, N rows of the environment, n of them live.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 
 from textgym.episodes import Episodes
 from textgym.parallel import share, shared
+from textgym.policies.results import ActResult
 from textgym.streams import mix64
 
 if TYPE_CHECKING:
@@ -174,30 +178,114 @@ class _Plan:
         return envs.reset(options=options)
 
 
+def check_path(path: Literal["step", "sequence"], envs: TextGenVectorEnv) -> None:
+    """Check that responses can be sampled in this way.
+
+    Raises:
+        ValueError: Whole responses are asked for, but the environment has its say at every token.
+    """
+    if path == "sequence" and (envs.unwrapped.task.respond is not None or envs.masks_actions):
+        raise ValueError(
+            "path='sequence' writes whole responses before the environment sees them, but this "
+            "environment replies or masks actions; use path='step'"
+        )
+
+
 def _step_path(
     policy: CausalLMPolicy, envs: TextGenVectorEnv, plan: _Plan, recorder: _Recorder
 ) -> None:
-    total, number = len(plan.stream), envs.num_envs
-    episode = np.full(number, -1, np.int64)  # which episode of the queue a row plays; -1: none
-    rows = np.arange(min(number, total))
-    episode[rows] = rows
-    queued = len(rows)
-    obs, info = plan.begin(envs, rows, rows)
-    recorder.began(rows, rows, info)
-    masked = recorder.masked
-    actions = np.zeros(number, np.int64)
-    while len(rows):
-        everyone = len(rows) == number
-        view = obs if everyone else {k: v[rows] for k, v in obs.items()}
-        playing = episode[rows]
-        mask = envs.action_masks()[rows] if masked else None
-        act = policy.act(
-            view,
+    """One decoding step, one step of the environment."""
+
+    def choose(
+        obs: Observations,
+        rows: NDArray[np.int64],
+        playing: NDArray[np.int64],
+        mask: NDArray[np.bool_] | None,
+    ) -> ActResult:
+        everyone = len(rows) == envs.num_envs
+        return policy.act(
+            obs if everyone else {k: v[rows] for k, v in obs.items()},
             plan.stream[playing],
             plan.sample_index[playing],
             rows=None if everyone else rows,
             action_mask=mask,
         )
+
+    rows = np.arange(min(envs.num_envs, len(plan.stream)))
+    _play(envs, plan, recorder, choose, plan.begin(envs, rows, rows))
+
+
+def _sequence_path(
+    policy: CausalLMPolicy, envs: TextGenVectorEnv, plan: _Plan, recorder: _Recorder
+) -> None:
+    """Whole responses on the device; then the environment steps through what was written.
+
+    The prompts are what resetting says. Where there are more than rows, these are reset once more
+    to play them.
+    """
+    task = envs.unwrapped.task
+    check_path("sequence", envs)
+    total, number = len(plan.stream), envs.num_envs
+    prompts: list[Observations] = []
+    for first in range(0, total, number):
+        episodes = np.arange(first, min(total, first + number))
+        rows = np.arange(len(episodes))
+        begun = plan.begin(envs, rows, episodes)
+        prompts.append({k: v[rows].copy() for k, v in begun[0].items()})
+    made = policy.generate(
+        {k: np.concatenate([obs[k] for obs in prompts]) for k in prompts[0]},
+        plan.stream,
+        plan.sample_index,
+        max_new_tokens=task.max_new_tokens,
+        stop_ids=task.stop_ids,
+        num_rows=number,
+    )
+    written = np.zeros(total, np.int64)
+
+    def choose(
+        obs: Observations,
+        rows: NDArray[np.int64],
+        playing: NDArray[np.int64],
+        mask: NDArray[np.bool_] | None,
+    ) -> ActResult:
+        at = playing, written[playing]
+        written[playing] += 1
+        return ActResult(made.tokens[at], made.logprob[at], made.value[at])
+
+    if len(prompts) > 1:  # the rows have gone on to the last prompts of the queue
+        rows = np.arange(number)
+        begun = plan.begin(envs, rows, rows)
+    _play(envs, plan, recorder, choose, begun)
+
+
+def _play(
+    envs: TextGenVectorEnv,
+    plan: _Plan,
+    recorder: _Recorder,
+    choose: Callable[..., ActResult],
+    begun: tuple[Observations, dict[str, Any]],
+) -> None:
+    """Step through all episodes of the queue; a row that has ended is given the next one at once.
+
+    Args:
+        envs: Their first rows have begun the first episodes.
+        plan: The queue.
+        recorder: Writes it down.
+        choose: From observations, live rows [n], their episodes [n] and action masks to tokens.
+        begun: Observations and infos of that beginning.
+    """
+    total, number = len(plan.stream), envs.num_envs
+    episode = np.full(number, -1, np.int64)  # which episode of the queue a row plays; -1: none
+    rows = np.arange(min(number, total))
+    episode[rows] = rows
+    queued = len(rows)
+    obs, info = begun
+    recorder.began(rows, rows, info)
+    actions = np.zeros(number, np.int64)
+    while len(rows):
+        playing = episode[rows]
+        mask = envs.action_masks()[rows] if recorder.masked else None
+        act = choose(obs, rows, playing, mask)
         actions[rows] = act.action
         column = obs["length"][rows, 0].copy()
         obs, reward, terminated, truncated, info = envs.step(actions)
@@ -225,51 +313,6 @@ def _step_path(
                 obs, info = plan.begin(envs, free, fresh)
                 recorder.began(free, fresh, info)
             rows = np.flatnonzero(episode >= 0)
-
-
-def check_path(path: Literal["step", "sequence"], envs: TextGenVectorEnv) -> None:
-    """Check that responses can be sampled in this way.
-
-    Raises:
-        ValueError: Whole responses are asked for, but the environment has its say at every token.
-    """
-    if path == "sequence" and (envs.unwrapped.task.respond is not None or envs.masks_actions):
-        raise ValueError(
-            "path='sequence' writes whole responses before the environment sees them, but this "
-            "environment replies or masks actions; use path='step'"
-        )
-
-
-def _sequence_path(
-    policy: CausalLMPolicy, envs: TextGenVectorEnv, plan: _Plan, recorder: _Recorder
-) -> None:
-    task = envs.unwrapped.task
-    check_path("sequence", envs)
-    number = envs.num_envs
-    for first in range(0, len(plan.stream), number):
-        episode = np.arange(first, min(len(plan.stream), first + number))
-        rows = np.arange(len(episode))
-        obs, info = plan.begin(envs, rows, episode)
-        recorder.began(rows, episode, info)
-        made = policy.generate(
-            {k: v[rows] for k, v in obs.items()},
-            plan.stream[episode],
-            plan.sample_index[episode],
-            max_new_tokens=task.max_new_tokens,
-            stop_ids=task.stop_ids,
-        )
-        actions = np.zeros(number, np.int64)
-        t = 0
-        while len(rows):
-            actions[rows] = made.tokens[rows, t]
-            column = obs["length"][rows, 0].copy()
-            chosen = (made.logprob[rows, t], made.value[rows, t])
-            obs, reward, terminated, truncated, info = envs.step(actions)
-            recorder.stepped(
-                rows, episode[rows], column, chosen, reward, terminated, truncated, obs, info, None
-            )
-            rows = rows[~(terminated | truncated)[rows]]
-            t += 1
 
 
 @dataclass

@@ -291,7 +291,8 @@ class CausalLMPolicy(Backbone):
             return self._decisions(where)[0]
         ids, length = self._read(where)
         with torch.no_grad():
-            return self._hidden_last(ids, length, read_rows(rows, len(ids)))
+            hidden = self._hidden_last(ids, length, read_rows(rows, len(ids)))
+        return hidden.clone()  # those of the cache may not take part in a computation of gradients
 
     def evaluate(
         self, batch: SequenceBatch, *, entropy: bool = True, entropy_gradient: bool = True

@@ -1,6 +1,8 @@
 """Whole responses without an environment: the device loop.
 
 The tokens are those of a loop of `act` and `step`: the same keys, the same slots, the same forward.
+
+Shapes: B responses, N rows that decode at once, n live rows, T longest response, k draws.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from textgym import streams
-from textgym.policies.results import Drawn, Generation, to_host
+from textgym.policies.results import ActResult, Drawn, Generation, to_host
 
 if TYPE_CHECKING:
     from textgym.policies.causal_lm import CausalLMPolicy
 
 Ints = NDArray[np.int64]
 ACCELERATOR_STEPS = 8
+REFILL_SHARE = 8
+"""Rows wait for new prompts until one in so many is free: prefills of a few rows cost too much."""
 
 
 def steps_between_looks(device: torch.device) -> int:
@@ -37,68 +41,141 @@ def write_responses(
     max_new_tokens: int,
     stop_ids: Collection[int],
     mask: Tensor | None,
+    num_rows: int | None = None,
 ) -> Generation:
-    """Draw tokens until every row has ended.
+    """Draw tokens until every response has ended.
 
-    On the CPU a row leaves the batch with its last token. On an accelerator the host looks only
-    every few tokens, so that it never waits for one: what is drawn after a row's end is thrown
-    away.
+    A row that has ended leaves the batch, and is given the next prompt as soon as some more are
+    free. On an accelerator the host looks only every few tokens, so that it never waits for one:
+    what is drawn after a response's end is thrown away.
 
     Args:
         policy: Whose tokens.
-        ids: [n, L] prompts.
-        length: [n].
-        stream: [n].
-        sample_index: [n].
+        ids: [B, L] prompts.
+        length: [B].
+        stream: [B].
+        sample_index: [B].
         max_new_tokens: T, the longest response.
         stop_ids: Ids that end a response.
-        mask: Bool [n, V] or None.
+        mask: Bool [B, V] or None.
+        num_rows: N; None: all at once.
     """
-    n, device = len(ids), policy.device
-    rows = np.arange(n)
-    buffer = np.zeros((n, int(length.max()) + max_new_tokens), np.int64)
-    buffer[:, : ids.shape[1]] = ids[:, : buffer.shape[1]]
-    stop = np.array(sorted(stop_ids), np.int64)
-    tokens = np.zeros((n, max_new_tokens), np.int64)
-    logprob, value = np.zeros((2, n, max_new_tokens), np.float32)
-    count = np.zeros(n, np.int64)
-    position = length[:, None] + np.arange(max_new_tokens)
-    key = streams.mix64(policy.seed, stream[:, None], sample_index[:, None], position)
-    keys = torch.from_numpy(key.view(np.int64)).to(device)
-    decoder = policy._slot_decoder()
-    every = 1 if decoder is None else steps_between_looks(device)
-    live = rows
-    hidden = policy._hidden_last(ids, length, rows)
-    waiting: list[Drawn] = []
-    here = torch.from_numpy(rows).to(device)
-    for step in range(max_new_tokens):
-        drawn = policy._draw(hidden, keys[here, step], None if mask is None else mask[here])
-        waiting.append(drawn)
-        last = step + 1 == max_new_tokens
-        if len(waiting) == every or last:
-            begin = step + 1 - len(waiting)
-            got = to_host(waiting)
-            waiting = []
-            now = np.arange(begin, step + 1)
-            ended = np.isin(got.action, stop)  # [k, live]
-            kept = np.where(ended.any(0), ended.argmax(0) + 1, len(now))
-            real = np.arange(len(now))[:, None] < kept
-            for held, field in ((tokens, got.action), (logprob, got.logprob), (value, got.value)):
-                held[live[None, :], now[:, None]] = np.where(real, field, 0)
-            buffer[live[None, :], length[live] + now[:, None]] = got.action
-            count[live] += kept
-            staying = np.flatnonzero(~ended.any(0))
-            if last or not len(staying):
-                break
-            if len(staying) < len(live):
-                live = live[staying]
-                chosen = torch.from_numpy(staying).to(device)
-                here, drawn = here[chosen], drawn.take(chosen)
-        if decoder is None:
-            hidden = policy._hidden_last(buffer[live], length[live] + step + 1, live)
-        else:
-            hidden = decoder.append(drawn.action, live)
-    if decoder is not None:
-        decoder.note(rows, buffer)
-    longest = int(count.max())
-    return Generation(tokens[:, :longest], logprob[:, :longest], value[:, :longest], count)
+    made = _Responses(policy, ids, length, stream, sample_index, max_new_tokens, stop_ids, mask)
+    total = len(ids)
+    number = total if num_rows is None else min(num_rows, total)
+    playing = np.full(number, -1, np.int64)  # the response that a row writes; -1: none
+    queued = 0
+    live, hidden = np.zeros(0, np.int64), None
+    while True:
+        free = np.flatnonzero(playing < 0)
+        if queued < total and (not len(live) or len(free) * REFILL_SHARE >= number):
+            rows = free[: total - queued]
+            playing[rows] = np.arange(queued, queued + len(rows))
+            queued += len(rows)
+            first = made.begin(rows, playing[rows])
+            both = np.concatenate([live, rows])
+            order = np.argsort(both)
+            live = both[order]
+            hidden = first if hidden is None else torch.cat([hidden, first])
+            hidden = hidden[torch.from_numpy(order).to(hidden.device)]
+        if hidden is None:
+            return made.result()
+        drawn, staying = made.draw(hidden, live, playing[live])
+        ended = live[~staying]
+        made.end(ended, playing[ended])
+        playing[ended] = -1
+        live = live[staying]
+        hidden = made.follow(drawn, staying, live, playing[live]) if len(live) else None
+
+
+class _Responses:
+    """What has been written so far, and how a few tokens more are."""
+
+    def __init__(
+        self,
+        policy: CausalLMPolicy,
+        ids: Ints,
+        length: Ints,
+        stream: NDArray[Any],
+        sample_index: NDArray[Any],
+        max_new_tokens: int,
+        stop_ids: Collection[int],
+        mask: Tensor | None,
+    ) -> None:
+        total, self.longest = len(ids), max_new_tokens
+        self.policy, self.length, self.mask = policy, length, mask
+        self.buffer = np.zeros((total, int(length.max()) + max_new_tokens), np.int64)
+        self.buffer[:, : ids.shape[1]] = ids[:, : self.buffer.shape[1]]
+        self.stop = np.array(sorted(stop_ids), np.int64)
+        self.tokens = np.zeros((total, max_new_tokens), np.int64)
+        self.logprob, self.value = np.zeros((2, total, max_new_tokens), np.float32)
+        self.count = np.zeros(total, np.int64)
+        position = length[:, None] + np.arange(max_new_tokens)
+        key = streams.mix64(policy.seed, stream[:, None], sample_index[:, None], position)
+        self.key = torch.from_numpy(key.view(np.int64)).to(policy.device)
+        self.decoder = policy._slot_decoder()
+        self.every = 1 if self.decoder is None else steps_between_looks(policy.device)
+
+    def begin(self, rows: Ints, which: Ints) -> Tensor:
+        """Read the prompts of some responses into rows: hidden states [n, D] of their last ids."""
+        return self.policy._hidden_last(self.buffer[which], self.length[which], rows)
+
+    def draw(self, hidden: Tensor, rows: Ints, which: Ints) -> tuple[Drawn, NDArray[np.bool_]]:
+        """Draw the next tokens of some responses, and write down those before their ends.
+
+        Returns:
+            The last draw, and which responses go on, bool [n].
+        """
+        here = torch.from_numpy(which).to(hidden.device)
+        step = torch.from_numpy(self.count[which]).to(hidden.device)
+        mask = None if self.mask is None else self.mask[here]
+        waiting: list[Drawn] = []
+        for later in range(min(self.every, self.longest - int(self.count[which].min()))):
+            if waiting:
+                assert self.decoder is not None
+                hidden = self.decoder.append(waiting[-1].action, rows)
+            key = self.key[here, (step + later).clamp(max=self.longest - 1)]
+            waiting.append(self.policy._draw(hidden, key, mask))
+        return waiting[-1], self._note(to_host(waiting), which)
+
+    def _note(self, got: ActResult, which: Ints) -> NDArray[np.bool_]:
+        """Write down k draws [k, n]; returns which responses go on."""
+        draws = len(got.action)
+        at = self.count[which] + np.arange(draws)[:, None]  # [k, n]
+        ends = np.isin(got.action, self.stop) | (at >= self.longest - 1)
+        staying = ~ends.any(0)
+        kept = np.where(staying, draws, ends.argmax(0) + 1)
+        real = np.arange(draws)[:, None] < kept
+        row = np.broadcast_to(which, at.shape)[real]
+        column = at[real]
+        self.tokens[row, column] = got.action[real]
+        self.logprob[row, column] = got.logprob[real]
+        self.value[row, column] = got.value[real]
+        self.buffer[row, self.length[row] + column] = got.action[real]
+        self.count[which] += kept
+        return staying
+
+    def follow(self, drawn: Drawn, staying: NDArray[np.bool_], rows: Ints, which: Ints) -> Tensor:
+        """Append what was drawn last to the rows that go on: hidden states [n, D]."""
+        if self.decoder is None:
+            return self.policy._hidden_last(
+                self.buffer[which], self.length[which] + self.count[which], rows
+            )
+        action = drawn.action
+        if not staying.all():
+            action = action[torch.from_numpy(np.flatnonzero(staying)).to(action.device)]
+        return self.decoder.append(action, rows)
+
+    def end(self, rows: Ints, which: Ints) -> None:
+        """Tell the cache which ids it holds: those up to the end, and not what came after."""
+        if self.decoder is not None and len(rows):
+            self.decoder.note(rows, self.buffer[which])
+            held = np.minimum(self.decoder.held[rows], self.length[which] + self.count[which])
+            self.decoder.held[rows] = held
+
+    def result(self) -> Generation:
+        """All responses."""
+        longest = int(self.count.max())
+        return Generation(
+            self.tokens[:, :longest], self.logprob[:, :longest], self.value[:, :longest], self.count
+        )
