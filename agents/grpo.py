@@ -57,7 +57,13 @@ from textgym.learning import (
     microbatches,
     to_device,
 )
-from textgym.losses import Normaliser, clipped_surrogate_loss, entropy_loss, token_weights
+from textgym.losses import (
+    Normaliser,
+    clipped_surrogate_loss,
+    entropy_loss,
+    token_weights,
+    truncated_importance,
+)
 from textgym.metrics import Tally, finite_means, rollout_metrics, sample_records, spread
 from textgym.parallel import deal
 from textgym.returns import FloatArray, IntArray, discounted_returns, whiten
@@ -67,6 +73,7 @@ from textgym.shaping import (
     Cut,
     kl_controller,
     learned_weights,
+    learners_logprob,
     measured_kl,
     reward_range,
     shape_rewards,
@@ -160,6 +167,8 @@ class GRPOConfig:
     """Episodes over which the price adapts."""
     exact_kl_episodes: int = 32
     """Episodes of each batch on which the exact KL is measured; 0: none."""
+    importance_cap: float | None = None
+    """Cap of the importance weights that make up for a sampler of another precision; None: none."""
     cut: Cut = "keep"
     """Whether responses cut by the token budget are learned from ("keep") or not ("mask")."""
     cut_penalty: float = 0.0
@@ -181,7 +190,7 @@ class GRPOConfig:
         """Refuse numbers that could not be trained with."""
         check_rl_config(self)
         check_positive(self, "epochs", "minibatches")
-        check_above_0(self, "clip_coef", "clip_coef_high")
+        check_above_0(self, "clip_coef", "clip_coef_high", "importance_cap")
         check_not_negative(self, "resample")
         if self.gamma != 1.0:
             raise ValueError(f"gamma must be 1: responses are judged as a whole; got {self.gamma}")
@@ -413,7 +422,10 @@ class GRPO:
             to_device(x, device)
             for x in (per_token, advantages, episodes.logprob, reference.logprob)
         )
-        batch = _Batch(weight, advantage, logprob, theirs, reference.beta)
+        old: Tensor | None = None
+        if steps * cfg.epochs > 1 or not self.policy.is_mixed:
+            old = to_device(learners_logprob(self.policy, episodes, cfg.microbatch), device)
+        batch = _Batch(weight, advantage, logprob, old, theirs, reference.beta)
         tally = Tally()
         for epoch in range(cfg.epochs):
             order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)
@@ -432,6 +444,9 @@ class GRPO:
             "optim/grad_norm": found["grad_norm"],
             "policy/entropy": found["entropy"][:steps],  # of the sampling policy
         }
+        if self.policy.is_mixed:
+            means |= {"sampler/gap": found["sampler_gap"]}
+            metrics["sampler/max_ratio"] = float(found["sampler_ratio"].max())
         return metrics | finite_means(means) | {"optim/steps": steps * cfg.epochs}
 
     def _gradient(
@@ -446,7 +461,9 @@ class GRPO:
             sequences = episodes.batch(part)
             new = self.policy.evaluate(sequences, entropy_gradient=cfg.ent_coef != 0)
             assert new.entropy is not None
-            w, old = batch.weight[tokens], batch.logprob[tokens]
+            sampled = batch.logprob[tokens]
+            old = new.logprob.detach() if batch.old is None else batch.old[tokens]
+            w = batch.weight[tokens] * truncated_importance(old, sampled, cfg.importance_cap)
             surrogate = clipped_surrogate_loss(
                 new.logprob,
                 old,
@@ -454,7 +471,7 @@ class GRPO:
                 w,
                 clip_coef=cfg.clip_coef,
                 clip_coef_high=cfg.clip_coef_high,
-                sequence=sequences.row if cfg.ratio == "sequence" else None,
+                sequence=sequences.row.to(device) if cfg.ratio == "sequence" else None,
             )
             loss, divergence = surrogate.loss, torch.zeros_like(surrogate.loss)
             if batch.beta:
@@ -472,6 +489,9 @@ class GRPO:
                 entropy=new.entropy.detach().mean(),
             )
             tally.peak(ratio_error=(new.logprob.detach() - old).exp().sub(1.0).abs().max())
+            if self.policy.is_mixed:
+                tally.mean(len(tokens), sampler_gap=(old - sampled).abs().mean())
+                tally.peak(sampler_ratio=(old - sampled).exp().max())
         return total
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
@@ -502,6 +522,9 @@ class _Batch:
     weight: Tensor
     advantage: Tensor
     logprob: Tensor
+    """As sampled."""
+    old: Tensor | None
+    """As the learner has it before the update; None: what the first forward says."""
     reference: Tensor
     beta: float
     """Price of k3 in the loss."""

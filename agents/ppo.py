@@ -50,6 +50,7 @@ from textgym.losses import (
     clipped_value_loss,
     entropy_loss,
     token_weights,
+    truncated_importance,
     value_loss,
 )
 from textgym.metrics import Tally, finite_means, rollout_metrics, sample_records, spread
@@ -71,6 +72,7 @@ from textgym.shaping import (
     fit_scale,
     kl_controller,
     learned_weights,
+    learners_logprob,
     priced_rewards,
     reward_range,
 )
@@ -142,6 +144,8 @@ class PPOConfig:
     """Episodes over which the price adapts."""
     exact_kl_episodes: int = 32
     """Episodes of each batch on which the exact KL is measured; 0: none."""
+    importance_cap: float | None = None
+    """Cap of the importance weights that make up for a sampler of another precision; None: none."""
     cut: Cut = "keep"
     """Whether responses cut by the token budget are learned from ("keep") or not ("mask")."""
     cut_penalty: float = 0.0
@@ -170,7 +174,7 @@ class PPOConfig:
         check_credit(self.credit, self.credit_discount)
         check_positive(self, "epochs", "minibatches")
         check_unit("gae_lambda", self.gae_lambda)
-        check_above_0(self, "clip_coef", "vf_clip_coef", "target_kl")
+        check_above_0(self, "clip_coef", "vf_clip_coef", "target_kl", "importance_cap")
 
 
 Advantage = Callable[["Episodes", FloatArray, PPOConfig], tuple[FloatArray, FloatArray]]
@@ -350,10 +354,11 @@ class PPO:
         per_token = steps * token_weights(
             episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens
         )
+        old = learners_logprob(self.policy, episodes, cfg.microbatch)
         batch = _Batch(
             *(
                 to_device(x, device)
-                for x in (per_token, advantages, returns, episodes.logprob, episodes.value)
+                for x in (per_token, advantages, returns, episodes.logprob, old, episodes.value)
             )
         )
         tally, stop, taken, epoch = Tally(), False, 0, 0
@@ -381,6 +386,9 @@ class PPO:
             "optim/grad_norm": found.get("grad_norm", np.zeros(0)),
             "policy/entropy": found["entropy"][: min(taken, steps)],  # of the sampling policy
         }
+        if self.policy.is_mixed:
+            means |= {"sampler/gap": found["sampler_gap"]}
+            metrics["sampler/max_ratio"] = float(found["sampler_ratio"].max())
         return metrics | finite_means(means) | {"ppo/epochs": epoch + 1, "optim/steps": taken}
 
     def _too_far(self, tally: Tally, target: float) -> bool:
@@ -405,7 +413,8 @@ class PPO:
                 entropy_gradient=cfg.ent_coef != 0,
             )
             assert new.value is not None
-            w, old = batch.weight[tokens], batch.logprob[tokens]
+            sampled, old = batch.logprob[tokens], batch.old[tokens]
+            w = batch.weight[tokens] * truncated_importance(old, sampled, cfg.importance_cap)
             surrogate = clipped_surrogate_loss(
                 new.logprob, old, batch.advantage[tokens], w, clip_coef=cfg.clip_coef
             )
@@ -433,6 +442,9 @@ class PPO:
             if new.entropy is not None:
                 tally.mean(len(tokens), entropy=new.entropy.detach().mean())
             tally.peak(ratio_error=(new.logprob.detach() - old).exp().sub(1.0).abs().max())
+            if self.policy.is_mixed:
+                tally.mean(len(tokens), sampler_gap=(old - sampled).abs().mean())
+                tally.peak(sampler_ratio=(old - sampled).exp().max())
         return total
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
@@ -456,4 +468,7 @@ class _Batch:
     advantage: Tensor
     returns: Tensor
     logprob: Tensor
+    """As sampled."""
+    old: Tensor
+    """As the learner has it before the update."""
     value: Tensor

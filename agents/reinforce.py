@@ -30,6 +30,7 @@ from textgym.credit import Credit, check_credit
 from textgym.groups import leave_one_out
 from textgym.learning import (
     GuardedOptimizer,
+    check_above_0,
     check_rl_config,
     check_scored,
     check_setup,
@@ -42,6 +43,7 @@ from textgym.losses import (
     entropy_loss,
     policy_gradient_loss,
     token_weights,
+    truncated_importance,
     value_loss,
 )
 from textgym.metrics import Tally, finite_means, rollout_metrics, sample_records, spread
@@ -124,6 +126,8 @@ class REINFORCEConfig:
     """Episodes over which the price adapts."""
     exact_kl_episodes: int = 32
     """Episodes of each batch on which the exact KL is measured; 0: none."""
+    importance_cap: float | None = None
+    """Cap of the importance weights that make up for a sampler of another precision; None: none."""
     cut: Cut = "keep"
     """Whether responses cut by the token budget are learned from ("keep") or not ("mask")."""
     cut_penalty: float = 0.0
@@ -149,6 +153,7 @@ class REINFORCEConfig:
     def __post_init__(self) -> None:
         """Refuse numbers that could not be trained with."""
         check_rl_config(self)
+        check_above_0(self, "importance_cap")
         check_credit(self.credit, self.credit_discount)
         if self.baseline == "group" and self.group_size < 2:
             raise ValueError(
@@ -333,7 +338,9 @@ class REINFORCE:
         per_token = token_weights(
             episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens
         )
-        w_all, a_all, g_all = (to_device(x, device) for x in (per_token, advantages, returns))
+        w_all, a_all, g_all, sampled_all = (
+            to_device(x, device) for x in (per_token, advantages, returns, episodes.logprob)
+        )
         usable = np.flatnonzero(weights > 0)
         if not len(usable):
             return metrics
@@ -346,7 +353,9 @@ class REINFORCE:
             batch = episodes.batch(part)
             scored = self.policy.evaluate(batch, entropy_gradient=cfg.ent_coef != 0)
             assert scored.entropy is not None
-            w, advantage, target = w_all[tokens], a_all[tokens], g_all[tokens]
+            advantage, target, sampled = a_all[tokens], g_all[tokens], sampled_all[tokens]
+            old = scored.logprob.detach()
+            w = w_all[tokens] * truncated_importance(old, sampled, cfg.importance_cap)
             policy_loss = policy_gradient_loss(scored.logprob, advantage, w)
             loss = policy_loss
             if cfg.ent_coef:
@@ -359,6 +368,9 @@ class REINFORCE:
             total += loss.detach()
             tally.sum(policy=policy_loss)
             tally.mean(len(tokens), entropy=scored.entropy.detach().mean())
+            if self.policy.is_mixed:
+                tally.mean(len(tokens), sampler_gap=(old - sampled).abs().mean())
+                tally.peak(sampler_ratio=(old - sampled).exp().max())
         tally.mean(grad_norm=self.optimizer.step(total))
         self.optimizer.settle()
         found = tally.result()
@@ -366,6 +378,9 @@ class REINFORCE:
         if cfg.baseline == "learned":
             metrics["loss/value"] = float(found["value"][0])
         metrics["optim/grad_norm"] = float(found["grad_norm"][0])
+        if self.policy.is_mixed:
+            metrics["sampler/gap"] = float(found["sampler_gap"][0])
+            metrics["sampler/max_ratio"] = float(found["sampler_ratio"][0])
         return metrics | finite_means({"policy/entropy": found["entropy"]})
 
     def _evaluate(self) -> tuple[dict[str, float], float]:

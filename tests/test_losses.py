@@ -17,6 +17,7 @@ from textgym.losses import (
     entropy_loss,
     policy_gradient_loss,
     token_weights,
+    truncated_importance,
     value_loss,
 )
 
@@ -192,6 +193,18 @@ def test_clipped_surrogate_equals_a_plain_loop(m: int, seed: int, clip: float) -
         *(torch.from_numpy(x) for x in (logprob, old, advantages, weights)), clip_coef=clip
     )
     assert out.loss.item() == pytest.approx(loss, rel=1e-9, abs=1e-12)
+
+
+def test_truncated_importance_by_hand() -> None:
+    learner, sampler = (
+        torch.log(torch.tensor([0.5, 0.2, 0.6])),
+        torch.log(torch.tensor([0.25, 0.4, 0.1])),
+    )
+    found = truncated_importance(learner.requires_grad_(), sampler, 2.5)
+    assert found.tolist() == pytest.approx([2.0, 0.5, 2.5]) and not found.requires_grad
+    assert truncated_importance(learner, sampler, None).tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="cap must be above 0"):
+        truncated_importance(learner, sampler, 0.0)
 
 
 def test_value_losses_by_hand() -> None:

@@ -165,6 +165,29 @@ def clipped_surrogate_loss(
         return SurrogateLoss(loss, k3.sum() / count, outside.sum() / count, tokens)
 
 
+def truncated_importance(learner: Tensor, sampler: Tensor, cap: float | None) -> Tensor:
+    """Weights that make up for a sampler that is not quite the policy that learns.
+
+        rho_t = min(exp(log pi_learner(a_t | s_t) - log pi_sampler(a_t | s_t)), C)
+
+    Ionides 2008 (truncated importance sampling); Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training", for samplers of another precision.
+
+    Args:
+        learner: [M], of the policy before the update.
+        sampler: [M], as sampled.
+        cap: C, above 0; None: no correction, all 1.
+
+    Returns:
+        [M], constants.
+    """
+    _same_shape(learner=learner, sampler=sampler)
+    if cap is None:
+        return torch.ones_like(learner)
+    _positive("cap", cap)
+    return (learner - sampler).detach().exp().clamp(max=cap)
+
+
 def value_loss(value: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
     """Half the weighted squared error of the value function.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from textgym.credit import Credit, assign_credit
 from textgym.kl import AdaptiveKL, FixedKL, KLController, k1, kl_per_response
@@ -238,18 +239,42 @@ def measured_kl(
     return kl, metrics
 
 
-@torch.no_grad()
 def reference_k1(reference: CausalLMPolicy, episodes: Episodes, size: int | None) -> FloatArray:
     """k1 of every action token, log pi (as sampled) minus log reference, float64 [M]."""
+    theirs = torch.from_numpy(score_actions(reference, episodes, size))
+    return k1(torch.from_numpy(episodes.logprob).double(), theirs).numpy()
+
+
+@torch.no_grad()
+def score_actions(policy: CausalLMPolicy, episodes: Episodes, size: int | None) -> FloatArray:
+    """Log-probability of every action token as `evaluate` has it, float64 [M], nats.
+
+    Args:
+        policy: Whose.
+        episodes: M action tokens.
+        size: Sequences in one forward.
+    """
     scores, places = [], []
     for part in microbatches(deal(np.diff(episodes.starts)), episodes, size):
-        scores.append(reference.evaluate(episodes.batch(part), entropy=False).logprob)
+        scores.append(policy.evaluate(episodes.batch(part), entropy=False).logprob)
         places.append(episodes.tokens(part))
     mine = np.zeros(episodes.num_tokens)
     if scores:  # read once, so that nothing waits for the device before
         mine[np.concatenate(places)] = torch.cat(scores).cpu().numpy()
-    theirs = torch.from_numpy(total(mine))
-    return k1(torch.from_numpy(episodes.logprob).double(), theirs).numpy()
+    return total(mine)
+
+
+def learners_logprob(
+    policy: CausalLMPolicy, episodes: Episodes, size: int | None
+) -> FloatArray | NDArray[np.float32]:
+    """Log-probability of every action token before an update, [M]: what its ratios are to.
+
+    That is what was sampled with, unless the sampler computes in another precision than the
+    learner: then ratios to it would differ from 1 before anything was learned.
+    """
+    if policy.is_mixed:
+        return score_actions(policy, episodes, size)
+    return episodes.logprob
 
 
 def exact_kl(

@@ -134,6 +134,11 @@ class CausalLMPolicy(Backbone):
         """
         return self.sampler.is_exact
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether `act` and `evaluate` compute in other ways, and so disagree a little."""
+        return self.compute_dtype is not None
+
     def _logits(self, hidden: Tensor) -> Tensor:
         """Tempered float32 logits [n, V] of hidden states [n, D]."""
         return self._tempered(self._raw_logits(hidden))
