@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym import streams
-from textgym.policies import CausalLMPolicy, graph_decode, graph_step
+from textgym.policies import CausalLMPolicy, generation, graph_decode, graph_step
 from textgym.policies.graph_decode import GraphDecode
 from textgym.policies.results import ActResult
 from textgym.policies.slot_store import SlotStore
@@ -235,6 +235,68 @@ class TestAct:
         for length in (5, 5):
             with pytest.raises(FloatingPointError, match="weights hold NaN"):
                 policy.act({"input_ids": ids, "length": np.full(3, length)}, np.arange(3))
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("num_rows", [None, 5])
+    @pytest.mark.parametrize("every", [1, 8])
+    def test_writes_what_the_ordinary_path_writes(
+        self,
+        make_model: Callable[..., Any],
+        family: str,
+        every: int,
+        num_rows: int | None,
+        monkeypatch: pytest.MonkeyPatch,
+        assert_same_responses: Callable[..., None],
+    ) -> None:
+        """Ragged prompts and ends, one or several looks a response, rows that are refilled."""
+        monkeypatch.setattr(generation, "steps_between_looks", lambda device: every)
+        model, n = make_model(family), 12
+        fast, slow = build(model), build(copy.deepcopy(model), cuda_graphs=False)
+        rng = np.random.default_rng(0)
+        ids, length = rng.integers(0, VOCAB, (n, 9)), rng.integers(1, 10, n)
+        stream, obs = streams.mix64(1, np.arange(n)), {"input_ids": ids, "length": length}
+        settings: dict[str, Any] = {"max_new_tokens": 21, "stop_ids": (5, 17, 40)}
+        found = fast.generate(obs, stream, num_rows=num_rows, **settings)
+        expected = slow.generate(obs, stream, num_rows=num_rows, **settings)
+        assert len(set(found.count.tolist())) > 3
+        assert_same_responses(slow, ids, length, stream, found, expected)
+        # The slots hold what was written: to act on it, only the last ids are forwarded.
+        if num_rows is None:
+            longest = int(found.count.max())
+            full = np.zeros((n, 9 + longest), np.int64)
+            full[:, :9] = ids
+            row, step = np.nonzero(np.arange(longest) < found.count[:, None])
+            full[row, length[row] + step] = found.tokens[row, step]
+            forwards = Forwards(fast)
+            fast.act({"input_ids": full, "length": length + found.count}, stream)
+            assert forwards.take()[0] == (n, 1)
+
+    def test_looks_once_for_several_tokens(
+        self, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(generation, "steps_between_looks", lambda device: 8)
+        policy = build(make_model())
+        obs = {"input_ids": np.ones((4, 6), int), "length": np.array([4, 6, 5, 4])}
+        policy.generate(obs, np.arange(4), max_new_tokens=1, stop_ids=())
+        graphs, taken = graphs_of(policy), []
+        write = graphs.write
+        monkeypatch.setattr(
+            graphs,
+            "write",
+            lambda *arguments: taken.append(arguments[3].shape) or write(*arguments),
+        )
+        policy.generate(obs, np.arange(4), max_new_tokens=21, stop_ids=())
+        assert taken == [(4, 8), (4, 8), (4, 5)]
+
+    def test_masks_take_the_ordinary_path(self, make_model: Callable[..., Any]) -> None:
+        policy = build(make_model())
+        mask = np.zeros((2, VOCAB), bool)
+        mask[:, [3, 7]] = True
+        obs = {"input_ids": np.ones((2, 6), int), "length": np.array([4, 6])}
+        made = policy.generate(obs, np.arange(2), max_new_tokens=9, stop_ids=(), action_mask=mask)
+        assert np.isin(made.tokens, [3, 7]).all()
+        assert policy._decoder is not None and policy._decoder.graphs is None
 
 
 class TestSizes:

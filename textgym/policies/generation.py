@@ -7,7 +7,8 @@ Shapes: B responses, N rows that decode at once, n live rows, T longest response
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from textgym import streams
-from textgym.policies.results import ActResult, Drawn, Generation, to_host
+from textgym.policies.graph_decode import GraphDecode, graphs_for
+from textgym.policies.results import ActResult, Drawn, Generation, to_device, to_host
 
 if TYPE_CHECKING:
     from textgym.policies.causal_lm import CausalLMPolicy
@@ -60,9 +62,16 @@ def write_responses(
         mask: Bool [B, V] or None.
         num_rows: N; None: all at once.
     """
-    made = _Responses(policy, ids, length, stream, sample_index, max_new_tokens, stop_ids, mask)
     total = len(ids)
     number = total if num_rows is None else min(num_rows, total)
+    graphs = None
+    if mask is None:
+        columns = int(length.max()) + max_new_tokens
+        graphs = graphs_for(policy, policy.sampler, np.arange(number), columns)
+    kind: Callable[..., _Responses] = (
+        _Responses if graphs is None else partial(_GraphResponses, graphs)
+    )
+    made = kind(policy, ids, length, stream, sample_index, max_new_tokens, stop_ids, mask)
     playing = np.full(number, -1, np.int64)  # the response that a row writes; -1: none
     queued = 0
     live, hidden = np.zeros(0, np.int64), None
@@ -111,8 +120,8 @@ class _Responses:
         self.logprob, self.value = np.zeros((2, total, max_new_tokens), np.float32)
         self.count = np.zeros(total, np.int64)
         position = length[:, None] + np.arange(max_new_tokens)
-        key = streams.mix64(policy.seed, stream[:, None], sample_index[:, None], position)
-        self.key = torch.from_numpy(key.view(np.int64)).to(policy.device)
+        self.bits = streams.mix64(policy.seed, stream[:, None], sample_index[:, None], position)
+        self.key = to_device(self.bits.view(np.int64), policy.device)
         self.decoder = policy._slot_decoder()
         self.every = 1 if self.decoder is None else steps_between_looks(policy.device)
 
@@ -120,7 +129,9 @@ class _Responses:
         """Read the prompts of some responses into rows: hidden states [n, D] of their last ids."""
         return self.policy._hidden_last(self.buffer[which], self.length[which], rows)
 
-    def draw(self, hidden: Tensor, rows: Ints, which: Ints) -> tuple[Drawn, NDArray[np.bool_]]:
+    def draw(
+        self, hidden: Tensor, rows: Ints, which: Ints
+    ) -> tuple[Drawn | None, NDArray[np.bool_]]:
         """Draw the next tokens of some responses, and write down those before their ends.
 
         Returns:
@@ -155,12 +166,15 @@ class _Responses:
         self.count[which] += kept
         return staying
 
-    def follow(self, drawn: Drawn, staying: NDArray[np.bool_], rows: Ints, which: Ints) -> Tensor:
+    def follow(
+        self, drawn: Drawn | None, staying: NDArray[np.bool_], rows: Ints, which: Ints
+    ) -> Tensor:
         """Append what was drawn last to the rows that go on: hidden states [n, D]."""
         if self.decoder is None:
             return self.policy._hidden_last(
                 self.buffer[which], self.length[which] + self.count[which], rows
             )
+        assert drawn is not None
         action = drawn.action
         if not staying.all():
             action = action[torch.from_numpy(np.flatnonzero(staying)).to(action.device)]
@@ -179,3 +193,31 @@ class _Responses:
         return Generation(
             self.tokens[:, :longest], self.logprob[:, :longest], self.value[:, :longest], self.count
         )
+
+
+class _GraphResponses(_Responses):
+    """The same by graphs, which forward the last ids themselves: hidden states stay with them."""
+
+    def __init__(self, graphs: GraphDecode, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.graphs = graphs
+
+    def begin(self, rows: Ints, which: Ints) -> Tensor:
+        assert self.decoder is not None
+        self.decoder.fill(self.buffer[which], self.length[which], rows)
+        return torch.empty(len(rows), 0)
+
+    def draw(
+        self, hidden: Tensor, rows: Ints, which: Ints
+    ) -> tuple[Drawn | None, NDArray[np.bool_]]:
+        count, position = self.count[which], self.length[which] + self.count[which] - 1
+        draws = min(self.every, self.longest - int(count.min()))
+        at = np.minimum(count[:, None] + np.arange(draws), self.longest - 1)
+        token, key = self.buffer[which, position], self.bits[which[:, None], at]
+        got = self.graphs.write(rows, token, position, key, self.policy.sampler)
+        return None, self._note(got, which)
+
+    def follow(
+        self, drawn: Drawn | None, staying: NDArray[np.bool_], rows: Ints, which: Ints
+    ) -> Tensor:
+        return torch.empty(len(rows), 0)
