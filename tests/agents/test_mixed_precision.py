@@ -87,7 +87,8 @@ def test_importance_weights_are_those_of_sampler_and_learner(
         kept: list[torch.Tensor] = []
 
         def keep(loss: Any) -> Any:
-            kept.extend(p.grad.flatten().clone() for p in agent.optimizer.parameters)
+            gradients = (p.grad for p in agent.optimizer.parameters)
+            kept.extend(g.flatten().clone() for g in gradients if g is not None)
             return torch.zeros(())
 
         agent.optimizer.step = keep  # type: ignore[method-assign]
