@@ -471,7 +471,7 @@ class GRPO:
                 w,
                 clip_coef=cfg.clip_coef,
                 clip_coef_high=cfg.clip_coef_high,
-                sequence=sequences.row.to(device) if cfg.ratio == "sequence" else None,
+                sequence=sequences.row if cfg.ratio == "sequence" else None,
             )
             loss, divergence = surrogate.loss, torch.zeros_like(surrogate.loss)
             if batch.beta:
