@@ -154,7 +154,7 @@ class _Responses:
         draws = len(got.action)
         at = self.count[which] + np.arange(draws)[:, None]  # [k, n]
         ends = np.isin(got.action, self.stop) | (at >= self.longest - 1)
-        staying = ~ends.any(0)
+        staying = ~np.asarray(ends.any(0), np.bool_)
         kept = np.where(staying, draws, ends.argmax(0) + 1)
         real = np.arange(draws)[:, None] < kept
         row = np.broadcast_to(which, at.shape)[real]
