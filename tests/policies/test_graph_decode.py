@@ -220,6 +220,8 @@ class TestAct:
         obs = {"input_ids": np.ones((2, 8), np.int64), "length": np.array([4, 5])}
         policy.act(obs, np.arange(2))
         assert policy._decoder is not None and policy._decoder.graphs is None
+        policy.act(obs, np.arange(2), deterministic=True)
+        assert {sampler.method for _, _, sampler in graphs_of(policy).steps._programs} == {"greedy"}
         policy = build(make_model())
         mask = np.zeros((2, VOCAB), bool)
         mask[:, 7] = True

@@ -56,7 +56,7 @@ def graphs_for(
     if decoder.graphs is None:
         decoder.reserve(int(rows.max()) + 1, columns)  # growing later would make all graphs again
         decoder.graphs = GraphDecode(policy, decoder)
-        reason = decoder.graphs.refusal()
+        reason = decoder.graphs.refusal(sampler)
         if reason is not None:
             decoder.graphs.refused = True
             message = f"{type(policy._core).__name__} decodes without CUDA graphs: {reason}"
@@ -113,8 +113,12 @@ class GraphDecode:
         self.refused = False
         self._ahead: _Ahead | None = None
 
-    def refusal(self) -> str | None:
-        """Try a step: why this model cannot be decoded by graphs, or None."""
+    def refusal(self, sampler: Sampler) -> str | None:
+        """Try a step, which empties the cache: why there can be no graphs of this model, or None.
+
+        Raises:
+            FloatingPointError: The ordinary step is not finite either.
+        """
         policy, decoder = self.steps.policy, self.steps.decoder
         rows = np.arange(min(3, len(decoder.slot)))
         columns = min(8, decoder.tokens.shape[1])
@@ -123,7 +127,7 @@ class GraphDecode:
         try:
             decoder.fill(ids, length, rows)
             key = streams.mix64(0, rows[:, None])
-            found = self.steps.run(rows, ids[rows, length - 1], length - 1, key, policy.sampler)
+            found = self.steps.run(rows, ids[rows, length - 1], length - 1, key, sampler)
             found = found[to_device(decoder.slot[rows], found.device)].clone()
             error = relative_error(found, decoder.hidden(ids, length, rows))
         except FloatingPointError:
