@@ -19,6 +19,8 @@ TRL needs environments of its own, for instance:
 - With KL, ours can measure the exact KL of 32 episodes an update, and does by default. TRL has
   nothing like it, so that it is off, except in the variant named after it.
 - bf16 is mixed precision in both: weights are float32.
+- The gradient of a batch of 64 is taken at once, or by 8 responses at a time (8 is the default of
+  TRL's `per_device_train_batch_size`), which takes less memory; both are measured in both.
 - Only ours saves a checkpoint before the first update and after the last; neither is measured.
 """
 
@@ -74,7 +76,7 @@ class Args:
     """Length of every prompt."""
     response_tokens: int = 64
     """Length of every response; nothing ends it earlier."""
-    microbatch: int = 64
+    microbatches: tuple[int, ...] = (64, 8)
     """Responses in one forward of the update, in both; 64 are a batch."""
     kl_coef_grpo: float = 0.04
     """Price of KL in the second table (`beta` of TRL)."""
@@ -86,11 +88,22 @@ class Args:
 class Variant:
     """A line of a table."""
 
-    name: str
+    kind: str
+    """`TRL`, `ours`, or ours with a difference."""
     python: str
     """Empty: not measured."""
     script: str
     work: Workload
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return f"{self.kind} {self.cell}"
+
+    @property
+    def cell(self) -> str:
+        """What it has in common with the line that it is compared with."""
+        return f"{SHORT[self.work.dtype]} by {self.work.microbatch}"
 
 
 def variants(comparison: Comparison, size: str, args: Args) -> list[Variant]:
@@ -101,7 +114,7 @@ def variants(comparison: Comparison, size: str, args: Args) -> list[Variant]:
     plain: dict[str, Any] = {"path": args.path, "exact_kl_episodes": 0}
     found = []
 
-    def add(name: str, python: str, script: str, dtype: Dtype, options: dict[str, Any]) -> None:
+    def add(kind: str, dtype: Dtype, microbatch: int, options: dict[str, Any]) -> None:
         work = Workload(
             algorithm=algorithm,
             size=size,
@@ -112,21 +125,24 @@ def variants(comparison: Comparison, size: str, args: Args) -> list[Variant]:
             device=args.device,
             prompt_tokens=args.prompt_tokens,
             response_tokens=args.response_tokens,
-            microbatch=args.microbatch,
+            microbatch=microbatch,
             options=options,
         )
-        found.append(Variant(f"{name} {SHORT[dtype]}", python, script, work))
+        trl = kind == "TRL"
+        python = trl_python if trl else sys.executable
+        script = f"trl_{algorithm}.py" if trl else "ours.py"
+        found.append(Variant(kind, python, script, work))
 
-    for dtype in args.dtypes:
-        add("TRL", trl_python, f"trl_{algorithm}.py", dtype, {})
-    for dtype in args.dtypes:
-        add("ours", sys.executable, "ours.py", dtype, plain)
+    for microbatch in args.microbatches:
+        for dtype in args.dtypes:
+            add("TRL", dtype, microbatch, {})
+        for dtype in args.dtypes:
+            add("ours", dtype, microbatch, plain)
     for dtype in args.dtypes:
         if args.step:
-            add("ours, step path,", sys.executable, "ours.py", dtype, plain | {"path": "step"})
+            add("ours, step path,", dtype, args.microbatches[0], plain | {"path": "step"})
         if price:
-            exact = {"path": args.path}
-            add("ours, exact KL,", sys.executable, "ours.py", dtype, exact)
+            add("ours, exact KL,", dtype, args.microbatches[0], {"path": args.path})
     return found
 
 
@@ -188,17 +204,17 @@ def measure(comparison: Comparison, size: str, args: Args) -> dict[str, Any]:
     check_same([result for results in found.values() for result in results])
     cells = {line.name: cell(line, found[line.name]) for line in lines}
     for line in lines:
-        mine, theirs = cells[line.name], cells[f"TRL {SHORT[line.work.dtype]}"]
+        mine, theirs = cells[line.name], cells[f"TRL {line.cell}"]
         if theirs["tokens_per_s"] and mine is not theirs:
             mine["times_trl"] = round(mine["tokens_per_s"] / theirs["tokens_per_s"], 2)
             mine["memory_of_trl"] = round(mine["peak_mib"] / theirs["peak_mib"], 2)
     row: dict[str, Any] = {"comparison": comparison, "size": size, "cells": list(cells.values())}
     row["parameters"] = next(r["parameters"] for results in found.values() for r in results)
-    best = [
-        max((cells[f"{name} {SHORT[d]}"]["tokens_per_s"] or 0) for d in args.dtypes)
-        for name in ("ours", "TRL")
-    ]
-    row["best_over_best"] = round(best[0] / best[1], 2) if best[1] else None
+    best_trl, best_ours = (
+        max(cells[line.name]["tokens_per_s"] or 0 for line in lines if (line.kind == "TRL") is trl)
+        for trl in (True, False)
+    )
+    row["best_over_best"] = round(best_ours / best_trl, 2) if best_trl else None
     return row
 
 
@@ -207,15 +223,15 @@ def show(row: dict[str, Any]) -> None:
     name, vocab_size = TITLES[row["comparison"]], SIZES[row["size"]]["vocab_size"]
     print(f"\n{name}: {row['parameters'] / 1e6:.2f} M parameters, V = {vocab_size:,}")
     heads = ("tokens/s", "range", "x TRL", "rollout s", "rest s", "MiB", "of TRL", "reward")
-    print(f"{'':22}" + "".join(f"{h:>{15 if h == 'range' else 10}}" for h in heads))
+    print(f"{'':28}" + "".join(f"{h:>{15 if h == 'range' else 10}}" for h in heads))
     for c in row["cells"]:
         if c["tokens_per_s"] is None:
-            print(f"{c['variant']:22}  not measured")
+            print(f"{c['variant']:28}  not measured")
             continue
         low, high = c["spread"]
         times, memory = (c.get(k, "") for k in ("times_trl", "memory_of_trl"))
         print(
-            f"{c['variant']:22}{c['tokens_per_s']:>10,}{f'{low:,}-{high:,}':>15}{times:>10}"
+            f"{c['variant']:28}{c['tokens_per_s']:>10,}{f'{low:,}-{high:,}':>15}{times:>10}"
             f"{c['rollout_s']:>10}{c['rest_s']:>10}{c['peak_mib']:>10,}{memory:>10}"
             f"    {c['rewards'][0]:.3f}-{c['rewards'][-1]:.3f}"
         )

@@ -12,29 +12,10 @@ import tempfile
 from typing import Any
 
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
-from workload import (
-    Meter,
-    Workload,
-    from_command_line,
-    one_thread,
-    prompts,
-    save_model,
-    trl_tokenizer,
-)
-
-
-class Marks(TrainerCallback):
-    """Tells the meter when an update is done."""
-
-    def __init__(self, meter: Meter) -> None:
-        """Keep the meter."""
-        self.meter = meter
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """End an update."""
-        self.meter.update_done()
+from trl_parts import Marks, make_tokenizer
+from workload import Meter, Workload, from_command_line, one_thread, prompts, save_model
 
 
 def trainer_class(meter: Meter) -> type[GRPOTrainer]:
@@ -82,7 +63,7 @@ def main(work: Workload) -> None:
             reward_funcs=meter.reward,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": rows}),
-            processing_class=trl_tokenizer(work.vocab_size),
+            processing_class=make_tokenizer(work.vocab_size),
             callbacks=[Marks(meter)],
         )
         trainer.remove_callback(PrinterCallback)

@@ -8,6 +8,7 @@ generations off); the rest are its defaults.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from types import SimpleNamespace
 from typing import Any
@@ -19,30 +20,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PrinterCallback,
-    TrainerCallback,
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-from workload import (
-    Meter,
-    Workload,
-    from_command_line,
-    one_thread,
-    prompts,
-    save_model,
-    trl_tokenizer,
-)
-
-
-class Marks(TrainerCallback):
-    """Tells the meter when an update is done."""
-
-    def __init__(self, meter: Meter) -> None:
-        """Keep the meter."""
-        self.meter = meter
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """End an update."""
-        self.meter.update_done()
+from trl_parts import Marks, make_tokenizer
+from workload import Meter, Workload, from_command_line, one_thread, prompts, save_model
 
 
 class Ids(torch.nn.Module):
@@ -85,6 +66,10 @@ def mark_generation(meter: Meter) -> None:
 def main(work: Workload) -> None:
     """Train, and print the JSON line."""
     one_thread(work)
+    if work.dtype == "bfloat16":
+        # What `accelerate launch --mixed_precision bf16` sets. The flag of PPOConfig alone does
+        # nothing: PPOTrainer makes its accelerator without it.
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     meter = Meter(work)
     mark_generation(meter)
     rows = Dataset.from_dict({"input_ids": prompts(work)})
@@ -118,7 +103,7 @@ def main(work: Workload) -> None:
         )
         trainer = PPOTrainer(
             args=config,
-            processing_class=trl_tokenizer(work.vocab_size),
+            processing_class=make_tokenizer(work.vocab_size),
             model=policy,
             ref_model=None,
             reward_model=CountedReward(meter),

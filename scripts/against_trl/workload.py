@@ -121,24 +121,6 @@ def prompts(work: Workload) -> list[list[int]]:
     return np.random.default_rng(0).integers(work.vocab_size, size=shape).tolist()
 
 
-def trl_tokenizer(vocab_size: int) -> Any:
-    """Symbols `s0`, `s1`, ... as in ours, and two ids beyond what the model can write.
-
-    TRL wants an end and a padding token. As the model has no logits for these two, no response
-    ends early and nothing in it is taken for padding: all have the same length, as in ours.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"s{i}": i for i in range(vocab_size)}
-    words |= {"<eos>": vocab_size, "<pad>": vocab_size + 1}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>", padding_side="left"
-    )
-
-
 class Meter:
     """Reward and clock of a child: both report what they saw, whoever trains.
 
