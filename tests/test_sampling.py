@@ -11,6 +11,7 @@ import torch
 from textgym import streams
 from textgym.sampling import (
     BLOCK,
+    FEW,
     Sampler,
     draw,
     gumbel_noise,
@@ -59,7 +60,7 @@ class TestTwins:
 
 
 class TestInverseCdf:
-    @pytest.mark.parametrize("vocab", [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 1000])
+    @pytest.mark.parametrize("vocab", [1, 5, 1000, FEW, FEW + 1, 12 * BLOCK - 1, 12 * BLOCK])
     def test_equals_a_plain_cumulated_sum(self, vocab: int) -> None:
         generator = torch.Generator().manual_seed(vocab)
         probs = (4 * torch.randn(300, vocab, generator=generator)).softmax(-1)
@@ -77,13 +78,13 @@ class TestInverseCdf:
 
     @pytest.mark.parametrize("u", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
     def test_never_returns_a_token_of_probability_zero(self, u: float) -> None:
-        for vocab in (4, 2 * BLOCK, 3 * BLOCK + 7):
+        for vocab in (4, 12 * BLOCK, 12 * BLOCK + 7):
             for at in (0, 1, vocab // 2, vocab - 1):
                 probs = torch.zeros(1, vocab)
                 probs[0, at] = 0.3
                 assert inverse_cdf(probs, torch.tensor([u], dtype=torch.float64)).item() == at
 
-    @pytest.mark.parametrize("vocab", [5, BLOCK, 3 * BLOCK + 7])
+    @pytest.mark.parametrize("vocab", [5, 12 * BLOCK, 12 * BLOCK + 7])
     def test_nan_gives_some_token_and_a_logprob_that_tells(self, vocab: int) -> None:
         logits = torch.full((3, vocab), float("nan"))
         action, logprob = draw(logits, keys(3), Sampler())

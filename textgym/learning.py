@@ -182,13 +182,16 @@ def check_above_0(config: Any, *names: str) -> None:
 
 FORWARD_TOKENS = 512
 """Padding that a forward of its own is worth: what one costs beside its tokens, in tokens."""
+FORWARD_LIMIT = 4096
+"""Padded tokens that one forward holds at most, unless a single sequence is longer."""
 
 
 def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Iterator[IntArray]:
-    """Split episodes into forwards of at most `size`, each of similar lengths.
+    """Split episodes into forwards of at most `size` sequences, each of similar lengths.
 
     Sorted by length, the split is the one that costs least: the padded tokens of all forwards, and
-    `FORWARD_TOKENS` for each. Where all lengths are alike, or the tokens are few, it is one.
+    `FORWARD_TOKENS` for each. Few tokens, or all of one length, are one forward, as long as they
+    are no more than `FORWARD_LIMIT`: beyond that nothing is faster and all takes more memory.
     """
     count = len(indices)
     if not count:
@@ -201,7 +204,9 @@ def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Ite
     cost, begin = np.zeros(count + 1), np.zeros(count + 1, np.int64)
     for k in range(1, count + 1):
         first = np.arange(max(0, k - widest), k)
-        costs = cost[first] + (k - first) * longest[first] + FORWARD_TOKENS
+        tokens = (k - first) * longest[first]
+        costs = cost[first] + tokens + FORWARD_TOKENS
+        costs[(tokens > FORWARD_LIMIT) & (k - first > 1)] = np.inf
         best = int(costs.argmin())
         cost[k], begin[k] = costs[best], first[best]
     ends = [count]
