@@ -147,15 +147,19 @@ def test_the_host_waits_once_a_token_and_once_for_eight(make_model: Callable[...
     policy = CausalLMPolicy(make_model(), device="cuda", cuda_graphs=True)
     ids, length, stream = prompts()
     rows = np.arange(N)
-    for step in range(6):
-        obs = {"input_ids": ids, "length": length}
-        if step < 2:  # the first calls capture
-            act = policy.act(obs, stream)
-        else:
-            found: list[Any] = []
-            assert waits(lambda obs=obs, found=found: found.append(policy.act(obs, stream))) == 1
-            (act,) = found
-        ids[rows, length] = act.action
+    mask = np.ones((N, VOCAB), bool)
+    # Ahead: the token; the forward, drawn from with a mask or with another key.
+    cases: list[dict[str, Any]] = [{}, {}, {}, {}, {"action_mask": mask}, {"sample_index": 1}]
+    for step, case in enumerate(cases):
+        found: list[Any] = []
+
+        def act(case: dict[str, Any] = case, found: list[Any] = found) -> None:
+            obs = {"input_ids": ids, "length": length}
+            found.append(policy.act(obs, stream, **case))
+
+        waited = waits(act)
+        assert waited == 1 or step < 2  # the first calls capture
+        ids[rows, length] = found[0].action
         length += 1
     graphs = graphs_of(policy)
     key = streams.mix64(0, stream[:, None], 0, length[:, None] + np.arange(8))

@@ -213,20 +213,43 @@ class TestAct:
         assert forwards.take() == [(2, 1)]  # the same observations again: rows 0 and 2
         assert (again.action[[0, 2]] == first.action[[0, 2]]).all()
 
-    def test_masks_and_cut_distributions_take_the_ordinary_path(
-        self, make_model: Callable[..., Any]
+    def test_another_key_or_mask_draws_from_what_was_forwarded_ahead(
+        self, make_model: Callable[..., Any], assert_same_draws: Callable[..., Any]
     ) -> None:
+        """A learner with a generator of its own, and masks that only the environment knows."""
+        model, n, rng = make_model(), 6, np.random.default_rng(0)
+        fast, slow = build(model), build(copy.deepcopy(model), cuda_graphs=False)
+        ids, rows = rng.integers(0, VOCAB, (n, 20)), np.arange(n)
+        length = rng.integers(3, 9, n)
+        forwards, expected = Forwards(fast), [(n, 1)]
+        for step in range(8):
+            stream = rng.integers(2**63, size=n).astype(np.uint64)
+            mask = rng.random((n, VOCAB)) < 0.3 if step % 2 else None
+            obs = {"input_ids": ids, "length": length}
+            one = fast.act(obs, stream, action_mask=mask, deterministic=step == 5)
+            assert forwards.take() == expected or step == 0
+            other = slow.act(obs, stream, action_mask=mask, deterministic=step == 5)
+            assert mask is None or mask[rows, one.action].all()
+            if mask is None:
+                keys = streams.mix64(4, stream, 0, length)
+                assert_same_draws(slow, ids, length, keys, one, other)
+            else:
+                assert (one.action == other.action).all()
+                np.testing.assert_allclose(one.logprob, other.logprob, atol=1e-4)
+            ids[rows, length] = one.action
+            length += 1
+            expected = [(n, 1)]
+            if step in (2, 3):  # one row begins again: it is prefilled, the others are ahead
+                ids[1], length[1] = rng.integers(0, VOCAB, 20), 4
+                expected = [(1, 4), (n, 1)]
+
+    def test_cut_distributions_take_the_ordinary_path(self, make_model: Callable[..., Any]) -> None:
         policy = build(make_model(), top_k=3)
         obs = {"input_ids": np.ones((2, 8), np.int64), "length": np.array([4, 5])}
         policy.act(obs, np.arange(2))
         assert policy._decoder is not None and policy._decoder.graphs is None
         policy.act(obs, np.arange(2), deterministic=True)
         assert {sampler.method for _, _, sampler in graphs_of(policy).steps._programs} == {"greedy"}
-        policy = build(make_model())
-        mask = np.zeros((2, VOCAB), bool)
-        mask[:, 7] = True
-        assert (policy.act(obs, np.arange(2), action_mask=mask).action == 7).all()
-        assert policy._decoder is not None and policy._decoder.graphs is None
 
     def test_broken_weights_are_named(self, make_model: Callable[..., Any]) -> None:
         policy = build(make_model())

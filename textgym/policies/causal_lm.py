@@ -41,7 +41,7 @@ from textgym.policies.results import (
 )
 from textgym.policies.saving import read_settings, read_value_head, write_policy
 from textgym.policies.scoring import divergence, score_tokens
-from textgym.sampling import Method, Sampler, check_action_mask, draw, mask_logits
+from textgym.sampling import NEG_INF, Method, Sampler, check_action_mask, draw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -184,15 +184,14 @@ class CausalLMPolicy(Backbone):
         sample_index = read_stream(sample_index, len(ids), "sample_index")
         sampler = Sampler("greedy", self.temperature) if deterministic else self.sampler
         with torch.inference_mode(), self._forward_mode():
-            graphs = (
-                None if action_mask is not None else graphs_for(self, sampler, slots, ids.shape[1])
-            )
+            mask = self._mask(action_mask, len(ids))
+            graphs = graphs_for(self, sampler, slots, ids.shape[1])
             if graphs is not None:
-                return graphs.act(ids, length, slots, stream, sample_index, sampler)
+                return graphs.act(ids, length, slots, stream, sample_index, mask, sampler)
             hidden = self._hidden_last(ids, length, slots)
             key = streams.mix64(self.seed, stream, sample_index, length)
             keys = to_device(key.view(np.int64), hidden.device)
-            drawn = to_host([self._draw(hidden, keys, self._mask(action_mask), sampler)])
+            drawn = to_host([self._draw(hidden, keys, mask, sampler)])
         return ActResult(drawn.action[0], drawn.logprob[0], drawn.value[0])
 
     def generate(
@@ -233,7 +232,7 @@ class CausalLMPolicy(Backbone):
                 read_stream(sample_index, len(ids), "sample_index"),
                 max_new_tokens,
                 stop_ids,
-                self._mask(action_mask),
+                self._mask(action_mask, len(ids)),
                 num_rows,
             )
 
@@ -241,7 +240,9 @@ class CausalLMPolicy(Backbone):
         self, hidden: Tensor, key: Tensor, mask: Tensor | None, sampler: Sampler | None = None
     ) -> Drawn:
         """Draw from the distribution after each hidden state [n, D], with keys int64 [n]."""
-        logits = mask_logits(self._tempered(self._acting_logits(hidden)), mask)
+        logits = self._tempered(self._acting_logits(hidden))
+        if mask is not None:
+            logits = logits.masked_fill(~mask, NEG_INF)
         action, logprob = draw(logits, key, sampler or self.sampler)
         value = self._values(hidden)
         return Drawn(action, logprob, torch.zeros_like(logprob) if value is None else value)
@@ -251,10 +252,17 @@ class CausalLMPolicy(Backbone):
         check_context(ids.shape[1], self.context_length)
         return ids, length
 
-    def _mask(self, action_mask: NDArray[np.bool_] | Tensor | None) -> Tensor | None:
+    def _mask(self, action_mask: NDArray[np.bool_] | Tensor | None, n: int) -> Tensor | None:
+        """Give the mask of n rows on the device; it is looked at where it lies, usually the host.
+
+        Raises:
+            ValueError: Its shape is another, or a row allows no token.
+        """
         if action_mask is None:
             return None
-        return torch.as_tensor(action_mask, device=self.device).bool()
+        mask = torch.as_tensor(action_mask).bool()
+        check_action_mask(mask, (n, self.vocab_size))
+        return mask.to(self.device, non_blocking=True)
 
     # ---------------------------------------------------------------- scoring
 

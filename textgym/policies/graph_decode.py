@@ -3,8 +3,9 @@
 What is drawn becomes the next input on the device (`graph_step`). The host looks once for several
 tokens of whole responses. With an environment between the tokens (`act`) it starts the next step
 before the environment has answered: while that steps, the device computes the next token of every
-row as if nothing had ended. Rows whose observation then says just that take it; the others are
-computed as usual.
+row as if nothing had ended. Rows whose observation then says just that take it, or, where the draw
+has another key or a mask that only the environment knew, draw from what was computed; the others
+are computed as usual.
 
 Shapes: n rows of a call, R rows known to the slot cache, S slots, k draws, L columns.
 """
@@ -90,6 +91,8 @@ class _Ahead:
 
     drawn: Tensor
     """float64 [3, S], by slot, still on the device."""
+    hidden: Tensor
+    """[s, D], by slot, from which they were drawn."""
     slot: Ints
     """[R] where each row was then."""
     length: Ints
@@ -177,6 +180,7 @@ class GraphDecode:
         rows: Ints,
         stream: NDArray[Any],
         sample_index: NDArray[Any],
+        mask: Tensor | None,
         sampler: Sampler,
     ) -> ActResult:
         """`CausalLMPolicy.act`; the host waits once.
@@ -187,41 +191,50 @@ class GraphDecode:
             rows: [n].
             stream: [n].
             sample_index: [n].
+            mask: Bool [n, V] on the device, or None.
             sampler: How to draw.
         """
-        policy, decoder = self.steps.policy, self.steps.decoder
+        policy, decoder, ahead = self.steps.policy, self.steps.decoder, self._ahead
         key = streams.mix64(policy.seed, stream, sample_index, length)
-        ahead, known = self._ahead, self._known(ids, length, rows, key, sampler)
-        rest = np.flatnonzero(~known)
-        parts, where = [], np.zeros(len(rows), np.int64)
-        if ahead is not None and len(rest) < len(rows):
-            parts.append(ahead.drawn)
+        forwarded = self._forwarded(ids, length, rows)
+        known = np.zeros(len(rows), np.bool_)
+        if ahead is not None and ahead.sampler == sampler and mask is None:
+            known[forwarded] = ahead.key[rows[forwarded]] == key[forwarded]
+        hidden, drawn = [], []
+        where = np.zeros(len(rows), np.int64)  # in which column of what is fetched each row is
+        if ahead is not None and known.any():
+            drawn.append(ahead.drawn)
             where[known] = ahead.slot[rows[known]]
-        if len(rest):
-            where[rest] = np.arange(len(rest)) + (parts[0].shape[1] if parts else 0)
-            hidden = decoder.hidden(ids[rest], length[rest], rows[rest])
-            keys = to_device(key[rest].view(np.int64), hidden.device)
-            parts.append(packed(policy._draw(hidden, keys, None, sampler)))
-        made = unpacked(torch.cat(parts, 1).cpu().numpy()[:, where])
+        redrawn, computed = np.flatnonzero(forwarded & ~known), np.flatnonzero(~forwarded)
+        if ahead is not None and len(redrawn):
+            slots = to_device(ahead.slot[rows[redrawn]], ahead.hidden.device)
+            hidden.append(ahead.hidden.index_select(0, slots))
+        if len(computed):
+            hidden.append(decoder.hidden(ids[computed], length[computed], rows[computed]))
+        if hidden:
+            rest = np.concatenate([redrawn, computed])
+            where[rest] = np.arange(len(rest)) + (drawn[0].shape[1] if drawn else 0)
+            keys = to_device(key[rest].view(np.int64), hidden[0].device)
+            some = None if mask is None else mask[to_device(rest, mask.device)]
+            drawn.append(packed(policy._draw(torch.cat(hidden), keys, some, sampler)))
+        made = unpacked(torch.cat(drawn, 1).cpu().numpy()[:, where])
         following = streams.mix64(policy.seed, stream, sample_index, length + 1)
         self._look_ahead(rows, made.action, length, following, sampler)
         return made
 
-    def _known(
-        self, ids: Ints, length: Ints, rows: Ints, key: NDArray[np.uint64], sampler: Sampler
-    ) -> NDArray[np.bool_]:
-        """Which rows' draws were made ahead: their slots hold just these ids."""
+    def _forwarded(self, ids: Ints, length: Ints, rows: Ints) -> NDArray[np.bool_]:
+        """For which rows the step ahead was that of their last id: their slots hold just these."""
         ahead, decoder = self._ahead, self.steps.decoder
         if (
             ahead is None
-            or ahead.sampler != sampler
             or ahead.times_cleared != decoder.times_cleared
             or int(rows.max()) >= len(ahead.length)
             or int(length.max()) > decoder.tokens.shape[1]
         ):
             return np.zeros(len(rows), np.bool_)
-        wanted = (ahead.length[rows] == length) & (ahead.key[rows] == key)
-        found: NDArray[np.bool_] = wanted & (decoder.agreeing(ids, length, rows) >= length)
+        found: NDArray[np.bool_] = (ahead.length[rows] == length) & (
+            decoder.agreeing(ids, length, rows) >= length
+        )
         return found
 
     def _look_ahead(
@@ -235,7 +248,7 @@ class GraphDecode:
             return
         rows, token, position, key = rows[inside], token[inside], position[inside], key[inside]
         with decoder._all_or_nothing():
-            self.steps.run(rows, token, position, key[:, None], sampler)
+            hidden = self.steps.run(rows, token, position, key[:, None], sampler)
         decoder.tokens[rows, position], decoder.held[rows] = token, position + 1
         lengths, keys = (
             np.zeros(len(decoder.held), np.int64),
@@ -244,6 +257,7 @@ class GraphDecode:
         lengths[rows], keys[rows] = position + 1, key
         self._ahead = _Ahead(
             drawn=self.steps.log[0],
+            hidden=hidden,
             slot=decoder.slot.copy(),
             length=lengths,
             key=keys,
