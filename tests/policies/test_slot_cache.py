@@ -132,6 +132,24 @@ def test_equal_prompts_are_prefilled_once(make_model: Callable[..., Any]) -> Non
     assert decoder.prefilled_tokens - before == 9
 
 
+def test_a_prompt_that_another_row_holds_is_copied(make_model: Callable[..., Any]) -> None:
+    """Members of a group that begin later, on rows that others have left."""
+    model, rng = make_model(), np.random.default_rng(0)
+    decoder = make_decoder(model)
+    ids = rng.integers(0, VOCAB, (4, 20))
+    ids[:2, :7] = ids[0, :7]
+    assert gap(decoder, model, ids[:1], np.array([11]), np.array([0])) < 1e-4
+    before = decoder.prefilled_tokens
+    assert gap(decoder, model, ids[1:2], np.array([7]), np.array([1])) < 1e-4
+    assert decoder.prefilled_tokens == before
+    assert gap(decoder, model, ids, np.array([12, 8, 5, 6]), np.arange(4)) < 1e-4
+    ids[2], ids[3, :11] = ids[1], ids[0, :11]  # at once: from a row that is rewritten meanwhile too
+    before = decoder.prefilled_tokens
+    ids[0] = ids[3, ::-1]
+    assert gap(decoder, model, ids, np.array([9, 9, 9, 12]), np.arange(4)) < 1e-4
+    assert decoder.prefilled_tokens - before == 8  # of the first row alone
+
+
 def test_finished_rows_are_not_computed(make_model: Callable[..., Any]) -> None:
     model = make_model()
     decoder = make_decoder(model)

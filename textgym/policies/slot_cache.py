@@ -93,7 +93,7 @@ class SlotDecoder:
         n, columns = ids.shape
         rows = np.arange(n) if rows is None else rows
         self.reserve(int(rows.max()) + 1, columns)
-        keep = np.minimum(self.agreeing(ids, length, rows), length - 1)
+        keep = self._borrow(ids, length, rows)
         missing = length - 1 - keep
         with self._all_or_nothing():
             if missing.any() and not keep.any():
@@ -111,7 +111,7 @@ class SlotDecoder:
     def fill(self, ids: Ints, length: Ints, rows: Ints) -> None:
         """Compute what is missing before the last token of each row; arguments as in `hidden`."""
         self.reserve(int(rows.max()) + 1, ids.shape[1])
-        keep = np.minimum(self.agreeing(ids, length, rows), length - 1)
+        keep = self._borrow(ids, length, rows)
         with self._all_or_nothing():
             if (keep < length - 1).any():
                 self._prefill_missing(ids, keep, length - 1 - keep, rows)
@@ -124,6 +124,28 @@ class SlotDecoder:
         differs = ids[:, :longest] != self.tokens[rows, :longest]
         differs &= np.arange(longest) < np.minimum(length, self.held[rows])[:, None]
         return np.where(differs.any(1), differs.argmax(1), self.held[rows])
+
+    def _borrow(self, ids: Ints, length: Ints, rows: Ints) -> Ints:
+        """How many ids before the last one each row holds, [n], once it has copied from others.
+
+        A group's members begin at different times where rows are refilled; the later ones find the
+        prompt in the slots of the earlier.
+        """
+        keep = np.minimum(self.agreeing(ids, length, rows), length - 1)
+        to, of = [], []
+        for i in np.flatnonzero(keep < length - 1):
+            stop = int(length[i]) - 1
+            others = np.flatnonzero(self.held >= stop)
+            same = (self.tokens[others, :stop] == ids[i, :stop]).all(1)
+            if same.any():
+                to.append(rows[i])
+                of.append(others[same.argmax()])
+                keep[i] = stop
+        if to:
+            with self._all_or_nothing():
+                width = int(length.max()) - 1
+                self.store.copy(self.slot[np.array(to)], self.slot[np.array(of)], width)
+        return keep
 
     @torch.inference_mode()
     def append(self, tokens: Tensor, rows: Ints) -> Tensor:
