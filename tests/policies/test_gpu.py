@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,16 +68,16 @@ def graphs_of(policy: CausalLMPolicy) -> GraphDecode:
     return policy._decoder.graphs
 
 
-def waits(run: Callable[[], Any]) -> int:
-    """How often the host waits for the device."""
+def waits(run: Callable[[], Any]) -> tuple[int, Any]:
+    """How often the host waits for the device, and what it gets."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            run()
+            result = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
+    return sum("synchronizing CUDA op" in str(warning.message) for warning in seen), result
 
 
 def test_hash_and_uniforms_are_bit_equal() -> None:
@@ -151,21 +152,16 @@ def test_the_host_waits_once_a_token_and_once_for_eight(make_model: Callable[...
     # Ahead: the token; the forward, drawn from with a mask or with another key.
     cases: list[dict[str, Any]] = [{}, {}, {}, {}, {"action_mask": mask}, {"sample_index": 1}]
     for step, case in enumerate(cases):
-        found: list[Any] = []
-
-        def act(case: dict[str, Any] = case, found: list[Any] = found) -> None:
-            obs = {"input_ids": ids, "length": length}
-            found.append(policy.act(obs, stream, **case))
-
-        waited = waits(act)
+        obs = {"input_ids": ids, "length": length}
+        waited, act = waits(partial(policy.act, obs, stream, **case))
         assert waited == 1 or step < 2  # the first calls capture
-        ids[rows, length] = found[0].action
+        ids[rows, length] = act.action
         length += 1
     graphs = graphs_of(policy)
     key = streams.mix64(0, stream[:, None], 0, length[:, None] + np.arange(8))
     arguments = rows, ids[rows, length - 1], length - 1, key, policy.sampler
     graphs.write(*arguments)
-    assert waits(lambda: graphs.write(*arguments)) == 1
+    assert waits(partial(graphs.write, *arguments))[0] == 1
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.inference_mode():
