@@ -145,6 +145,7 @@ def test_graphs_in_bfloat16(make_model: Callable[..., Any]) -> None:
 
 
 def test_the_host_waits_once_a_token_and_once_for_eight(make_model: Callable[..., Any]) -> None:
+    assert waits(torch.ones(1, device="cuda").item)[0] == 1  # it does count
     policy = CausalLMPolicy(make_model(), device="cuda", cuda_graphs=True)
     ids, length, stream = prompts()
     rows = np.arange(N)
