@@ -92,7 +92,9 @@ class Bench:
             intermediate_size=1024,
             max_positions=args.prompt_tokens + high,
         )
-        self.policy = SteeredPolicy(model, device=args.device, value_head=False)
+        self.policy = SteeredPolicy(  # a graph would keep the keys it was captured with
+            model, device=args.device, value_head=False, cuda_graphs=False
+        )
         rng = np.random.default_rng(0)
         ids = rng.integers(args.vocab_size - 2, size=(256, args.prompt_tokens))
         symbols = [f"s{i}" for i in range(args.vocab_size - 2)]  # and two more, one of them stops
