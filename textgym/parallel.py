@@ -156,12 +156,14 @@ def any_of(flag: bool) -> bool:
     return any(gather(flag))
 
 
-def total(values: Any) -> Any:
+def total(values: T) -> T:
     """Sum of numbers or arrays over the processes, in the order of ranks: the same everywhere."""
-    first, *others = gather(values)
+    summed: Any
+    summed, *others = gather(values)
     for other in others:
-        first = first + other
-    return first
+        summed = summed + other
+    whole: T = summed
+    return whole
 
 
 # ------------------------------------------------------------------------------------ shares
