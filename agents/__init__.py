@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from textgym.agents.expert_iteration import ExpertIteration as ExpertIteration
+    from textgym.agents.expert_iteration import ExpertIterationConfig as ExpertIterationConfig
     from textgym.agents.grpo import GRPO as GRPO
     from textgym.agents.grpo import GRPOConfig as GRPOConfig
     from textgym.agents.ppo import PPO as PPO
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from textgym.agents.sft import SFTConfig as SFTConfig
 
 WHERE = {  # name -> module
+    "ExpertIteration": "expert_iteration",
+    "ExpertIterationConfig": "expert_iteration",
     "GRPO": "grpo",
     "GRPOConfig": "grpo",
     "PPO": "ppo",
@@ -53,6 +57,8 @@ __all__ = [
     "SB3PPO",
     "SB3TRPO",
     "SFT",
+    "ExpertIteration",
+    "ExpertIterationConfig",
     "GRPOConfig",
     "PPOConfig",
     "REINFORCEConfig",

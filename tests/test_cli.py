@@ -60,6 +60,7 @@ def test_list_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     shown = capsys.readouterr().out
     assert agent_names() == [
+        "expert-iteration",
         "grpo",
         "ppo",
         "reinforce",
@@ -240,7 +241,7 @@ def test_rl_is_compared_with_sft_for_equal_time(
         (["--reward", "0.5*blue"], "bleu"),
         (["--reward", "no_such_module:score"], "no_such_module"),
         (["--agent", "sft"], "use `textgym sft`"),
-        (["--agent", "dqn"], "there are grpo, ppo, reinforce"),
+        (["--agent", "dqn"], "there are expert-iteration, grpo, ppo, reinforce"),
         (["--resume", "--folder", "nowhere"], "holds no run"),
         (["--resume"], "needs --folder"),
         (["--model", "no/such/folder"], "no model folder no/such/folder"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from textgym.groups import group_advantages, leave_one_out
+from textgym.groups import best_of_groups, group_advantages, leave_one_out
 
 
 def test_leave_one_out_by_hand() -> None:
@@ -70,3 +70,31 @@ def test_the_expected_gradient_is_the_policy_gradient(how: Any, share: float) ->
 def test_an_unknown_comparison_is_refused() -> None:
     with pytest.raises(ValueError, match="one of"):
         group_advantages([0.0, 1.0], 2, [1, 1], "median")  # type: ignore[arg-type]
+
+
+def test_the_best_of_groups_by_hand() -> None:
+    scores = [3.0, 5.0, 5.0, 1.0, 2.0, 2.0, math.nan, 7.0]
+    weights = [1, 1, 1, 1, 1, 1, 0, 1]
+    written = ["a", "b", "c", "d", "a", "e", "f", "a"]
+    for best, expected in (
+        (1, [1, 7]),
+        (2, [1, 2, 5, 7]),  # the response that is "a" twice is taken where it earned most
+        (3, [0, 1, 2, 5, 7]),
+        (None, [0, 1, 2, 3, 5, 7]),
+    ):
+        taken = best_of_groups(scores, 4, weights, written, best)
+        assert np.flatnonzero(taken).tolist() == expected
+    assert not best_of_groups(scores, 4, np.zeros(8), written, None).any()
+    assert best_of_groups(scores[:2], 1, [1, 1], ["a", "a"], 1).all()
+    assert best_of_groups([], 4, [], [], 1).tolist() == []
+
+
+def test_what_has_no_best_is_refused() -> None:
+    with pytest.raises(ValueError, match="divide the responses, got 3 for 4"):
+        best_of_groups(np.zeros(4), 3, np.ones(4), "abcd", 1)
+    with pytest.raises(ValueError, match="best must be at least 1, or None, got 0"):
+        best_of_groups(np.zeros(4), 2, np.ones(4), "abcd", 0)
+    with pytest.raises(ValueError, match=r"shape \[3\]"):
+        best_of_groups(np.zeros(4), 2, np.ones(4), "abc", 1)
+    with pytest.raises(ValueError, match="scores must be finite"):
+        best_of_groups([0.0, math.inf], 2, np.ones(2), "ab", 1)

@@ -6,6 +6,7 @@ returns them. Arithmetic is in float64.
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -101,3 +102,45 @@ def group_advantages(
     elif how != "mean":
         raise ValueError(f"how must be one of {list(get_args(GroupAdvantage))}, got {how!r}")
     return off.reshape(-1), flat
+
+
+def best_of_groups(
+    scores: Any, group_size: int, weights: Any, responses: Sequence[Hashable], best: int | None
+) -> NDArray[np.bool_]:
+    """The best responses of each group, each different one once.
+
+    Of equal scores the earlier response is taken; responses are drawn independently, so their
+    order says nothing.
+
+    Args:
+        scores: [B], of responses whose groups lie one after another.
+        group_size: Responses of a group, at least 1.
+        weights: [B], at least 0; responses of weight 0 (unscored) are not taken.
+        responses: B things that are equal where responses are.
+        best: How many of a group are taken at most; None: all that are different.
+
+    Returns:
+        Bool [B].
+
+    Raises:
+        ValueError: If B is no multiple of `group_size`, shapes differ, a score is not finite, or
+            `best` is below 1.
+    """
+    w = check_vector("weights", weights, len(scores))
+    r = check_vector("scores", np.where(w > 0, scores, 0.0), len(responses))
+    if group_size < 1 or len(r) % group_size:
+        raise ValueError(
+            f"group_size must be at least 1 and divide the responses, got {group_size} for {len(r)}"
+        )
+    if best is not None and best < 1:
+        raise ValueError(f"best must be at least 1, or None, got {best}")
+    taken = np.zeros(len(r), np.bool_)
+    for first in range(0, len(r), group_size):
+        seen: set[Hashable] = set()
+        for b in first + np.argsort(-r[first : first + group_size], kind="stable"):
+            if best is not None and len(seen) == best:
+                break
+            if w[b] > 0 and responses[b] not in seen:
+                seen.add(responses[b])
+                taken[b] = True
+    return taken

@@ -9,13 +9,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 
-from textgym.agents import PPO, REINFORCE, SB3PPO, PPOConfig, REINFORCEConfig, SB3PPOConfig
+from textgym.agents import (
+    PPO,
+    REINFORCE,
+    SB3PPO,
+    ExpertIteration,
+    ExpertIterationConfig,
+    PPOConfig,
+    REINFORCEConfig,
+    SB3PPOConfig,
+)
 from textgym.policies import CausalLMPolicy, random_causal_lm
 from textgym.rollout import collect
 from textgym.runs import Result
@@ -43,6 +53,9 @@ PPO_CONFIG = PPOConfig(
 )
 REINFORCE_CONFIG = REINFORCEConfig(
     episodes=EPISODES, lr=1e-3, lr_final=0.0, whiten=True, ent_coef=0.1, eval_every=0
+)
+EXPERT_CONFIG = ExpertIterationConfig(
+    episodes=EPISODES, epochs=2, lr=2e-3, lr_final=0.0, eval_every=0
 )
 SB3_PPO_CONFIG = SB3PPOConfig(
     epochs=2,
@@ -131,11 +144,20 @@ def learn_sb3_ppo(policy: CausalLMPolicy, envs: TextGenVectorEnv, seed: int, bud
     return SB3PPO(policy, same_step, config).learn(budget, quiet=True)
 
 
+def learn_expert(policy: CausalLMPolicy, envs: TextGenVectorEnv, seed: int, budget: int) -> Result:
+    return ExpertIteration(policy, envs, replace(EXPERT_CONFIG, seed=seed)).learn(
+        budget, quiet=True
+    )
+
+
 LEARNERS: dict[str, Callable[[CausalLMPolicy, TextGenVectorEnv, int, int], Result]] = {
     "PPO": learn_ppo,
     "REINFORCE": learn_reinforce,
+    "ExpertIteration": learn_expert,
     "SB3PPO": learn_sb3_ppo,
 }
+# The best of several guesses at a number that is not shown was lucky: see agents/expert_iteration.
+UNFIT = {("ExpertIteration", "HighLow")}
 
 
 def train(
@@ -158,8 +180,9 @@ def train(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", BUDGETS)
-@pytest.mark.parametrize("agent", LEARNERS)
+@pytest.mark.parametrize(
+    ("agent", "name"), [pair for pair in product(LEARNERS, BUDGETS) if pair not in UNFIT]
+)
 def test_an_agent_learns_a_diagnostic(agent: str, name: str, seed: int) -> None:
     run = train(LEARNERS[agent], make_envs(name), seed, BUDGETS[name])
     # Other draws than those of training and, where the prompt matters, prompts that were held out.

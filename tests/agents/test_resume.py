@@ -17,6 +17,8 @@ from textgym.agents import (
     PPO,
     REINFORCE,
     SFT,
+    ExpertIteration,
+    ExpertIterationConfig,
     GRPOConfig,
     PPOConfig,
     REINFORCEConfig,
@@ -70,6 +72,21 @@ AGENTS = {
     "grpo-resample": (
         GRPO,
         GRPOConfig(episodes=4, group_size=2, resample=2, lr=1e-2, eval_every=3, checkpoint_every=2),
+    ),
+    "expert-iteration": (
+        ExpertIteration,
+        ExpertIterationConfig(
+            episodes=8,
+            group_size=4,
+            epochs=2,
+            minibatches=2,
+            kl_coef=0.1,
+            kl_target=0.5,
+            kl_horizon=100,
+            lr=1e-2,
+            eval_every=3,
+            checkpoint_every=2,
+        ),
     ),
     "sft": (SFT, SFTConfig(batch_size=4, lr=1e-2, eval_every=3, checkpoint_every=2)),
 }

@@ -32,6 +32,7 @@ _SB3_PPO = {
     "kl_coef": 0.02,
 }
 FOR_EMBEDDED: dict[str, dict[str, Any]] = {
+    "expert-iteration": {"lr": 5e-4, "best": 2, "path": "sequence"},
     "grpo": {
         "lr": 3e-4,
         "epochs": 2,
