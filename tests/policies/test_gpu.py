@@ -249,7 +249,7 @@ def test_a_model_that_cannot_be_captured_goes_on_without(
 
     model.base_model.forward = looking
     stream = torch.cuda.current_stream()
-    with pytest.warns(UserWarning, match="without CUDA graphs: a step cannot be captured"):
+    with pytest.warns(UserWarning, match=r"without CUDA graphs: .*synchronizing CUDA op"):
         found = write(policy)
     assert torch.cuda.current_stream() == stream
     eager = CausalLMPolicy(make_model(), device="cuda", cuda_graphs=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -266,10 +267,13 @@ class StepGraphs:
         """Capture a step; its inputs are not those of now afterwards."""
         here = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            for _ in range(2):  # kernels, workspaces and slots are set up at their first use
-                run()
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                run()  # kernels, workspaces and slots are set up at their first use
+                with nullcontext() if self.captures else _no_waits():
+                    run()
+        finally:
+            here.wait_stream(self._stream)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
@@ -286,3 +290,14 @@ class StepGraphs:
         self.decoder.store.stays = True
         self.captures += 1
         return graph, hidden
+
+
+@contextmanager
+def _no_waits() -> Iterator[None]:
+    """Make waiting for the device an error, before a capture: one that fails leaves traces."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
