@@ -38,5 +38,5 @@ class ActingCopy:
         """Take over the weights as they are now, in place."""
         for mine, theirs in zip(self._twin.parameters(), self._source.parameters(), strict=True):
             mine.copy_(theirs)
-        for mine, theirs in zip(self._twin.buffers(), self._source.buffers(), strict=True):
-            mine.copy_(theirs)
+        for held, now in zip(self._twin.buffers(), self._source.buffers(), strict=True):
+            held.copy_(now)
