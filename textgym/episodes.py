@@ -128,6 +128,9 @@ class Episodes:
         chosen = np.asarray(indices, np.int64)
         tokens = self.tokens(chosen)
         sequences = [self.sequence(int(b)) for b in chosen]
+        parts: dict[str, Any] = {name: getattr(self, name)[tokens] for name in _OF_TOKENS}
+        parts |= {name: getattr(self, name)[chosen] for name in _OF_EPISODES}
+        parts |= {name: [getattr(self, name)[b] for b in chosen] for name in _LISTS}
         return Episodes(
             ids=np.concatenate([*sequences, np.zeros(0, np.int64)]),
             starts=_bounds([len(sequence) for sequence in sequences]),
@@ -136,9 +139,7 @@ class Episodes:
             packed_masks=None if self.packed_masks is None else self.packed_masks[tokens],
             traceback=self.traceback,
             vocab_size=self.vocab_size,
-            **{name: getattr(self, name)[tokens] for name in _OF_TOKENS},
-            **{name: getattr(self, name)[chosen] for name in _OF_EPISODES},
-            **{name: [getattr(self, name)[b] for b in chosen] for name in _LISTS},
+            **parts,
         )
 
     @classmethod
@@ -162,6 +163,7 @@ class Episodes:
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in ("ids", *_OF_TOKENS, *_OF_EPISODES)
         }
+        joined |= {name: [x for part in parts for x in getattr(part, name)] for name in _LISTS}
         joined["group"] = np.concatenate(
             [part.group + number for part, number in zip(parts, first, strict=False)]
         )
@@ -178,7 +180,6 @@ class Episodes:
             traceback=tracebacks[0] if tracebacks else None,
             vocab_size=parts[0].vocab_size,
             **joined,
-            **{name: [x for part in parts for x in getattr(part, name)] for name in _LISTS},
         )
 
     def sequence(self, index: int) -> NDArray[np.int64]:

@@ -203,12 +203,12 @@ def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Ite
     # cost[k]: the least cost of the first k; it ends with a forward of those from begin[k] on.
     cost, begin = np.zeros(count + 1), np.zeros(count + 1, np.int64)
     for k in range(1, count + 1):
-        first = np.arange(max(0, k - widest), k)
-        tokens = (k - first) * longest[first]
-        costs = cost[first] + tokens + FORWARD_TOKENS
-        costs[(tokens > FORWARD_LIMIT) & (k - first > 1)] = np.inf
+        starts = np.arange(max(0, k - widest), k)
+        tokens = (k - starts) * longest[starts]
+        costs = cost[starts] + tokens + FORWARD_TOKENS
+        costs[(tokens > FORWARD_LIMIT) & (k - starts > 1)] = np.inf
         best = int(costs.argmin())
-        cost[k], begin[k] = costs[best], first[best]
+        cost[k], begin[k] = costs[best], starts[best]
     ends = [count]
     while ends[-1]:
         ends.append(int(begin[ends[-1]]))

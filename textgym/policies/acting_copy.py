@@ -29,7 +29,8 @@ class ActingCopy:
     ) -> None:
         plain = without_adapters(model, merge=False) if adapters_off else model
         self._source = plain
-        self._twin = copy.deepcopy(plain).requires_grad_(False).to(dtype)
+        self._twin: Any = copy.deepcopy(plain).requires_grad_(False)
+        self._twin.to(dtype)
         self.core: Any = self._twin.get_base_model() if is_lora(self._twin) else self._twin
         self.head = head.of(self.core)
 

@@ -56,7 +56,8 @@ def _one_query(
     grouped = query.reshape(rows, groups, heads // groups, size) * scale
     if query.dtype == torch.bfloat16:  # the product of this order and shape is the fast one
         flat = grouped.flatten(0, 1).transpose(1, 2)
-        score = torch.bmm(key.flatten(0, 1), flat).transpose(1, 2).unflatten(0, (rows, groups))
+        score = torch.bmm(key.flatten(0, 1), flat).transpose(1, 2)
+        score = score.view(rows, groups, *score.shape[1:])
     else:
         score = torch.matmul(grouped, key.transpose(2, 3))  # [n, groups, heads / groups, columns]
     score = score.float()
