@@ -29,9 +29,11 @@ class ActingCopy:
     ) -> None:
         plain = without_adapters(model, merge=False) if adapters_off else model
         self._source = plain
-        self._twin: Any = copy.deepcopy(plain).requires_grad_(False)
-        self._twin.to(dtype)
-        self.core: Any = self._twin.get_base_model() if is_lora(self._twin) else self._twin
+        twin: Any = copy.deepcopy(plain)
+        twin.requires_grad_(False)
+        twin.to(dtype)
+        self._twin = twin
+        self.core: Any = twin.get_base_model() if is_lora(twin) else twin
         self.head = head.of(self.core)
 
     @torch.no_grad()
