@@ -136,6 +136,12 @@ def test_no_split_of_the_sorted_sequences_is_cheaper(lengths: list[int], size: i
     assert cost([[lengths[k] for k in part] for part in parts]) == min(splits)
 
 
+def test_too_many_tokens_are_split_evenly() -> None:
+    alike = SimpleNamespace(starts=np.arange(65) * 80)
+    parts = list(microbatches(np.arange(64), alike, None))  # type: ignore[arg-type]
+    assert [len(part) for part in parts] == [32, 32]
+
+
 def test_learning_rate_by_hand() -> None:
     options = {"warmup_updates": 3, "final": 0.2}
     assert learning_rate(1.0, 0, 0.0, **options) == 0.25

@@ -206,6 +206,7 @@ def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Ite
         starts = np.arange(max(0, k - widest), k)
         tokens = (k - starts) * longest[starts]
         costs = cost[starts] + tokens + FORWARD_TOKENS
+        costs += 1e-6 * (tokens / FORWARD_LIMIT) ** 2  # of splits that cost the same, the even one
         costs[(tokens > FORWARD_LIMIT) & (k - starts > 1)] = np.inf
         best = int(costs.argmin())
         cost[k], begin[k] = costs[best], starts[best]
