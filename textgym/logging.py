@@ -162,12 +162,17 @@ class RunLogger:
                 # Events of a killed run's lost updates lie after this step: hide them.
                 assert self.folder is not None
                 self._writer = SummaryWriter(str(self.folder / EVENTS), purge_step=step)
-            for name, value in numbers.items():
-                if math.isfinite(value):
-                    self._writer.add_scalar(name, value, step)
+            self._write_event(step, {n: v for n, v in numbers.items() if math.isfinite(v)})
         self.history.append(numbers)
         if self._progress is not None:
             self._progress.show(step, numbers)
+
+    def _write_event(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write all numbers of an update as one event; one each takes 30 times as long."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._writer.file_writer.add_summary(Summary(value=values), step)
 
     def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Write sample responses, one line each, beside the step that they are from."""

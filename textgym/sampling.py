@@ -93,7 +93,7 @@ def mix64(*parts: Tensor | int, device: torch.device | str | None = None) -> Ten
     """
     device = next((p.device for p in parts if isinstance(p, Tensor)), device)
     golden, first, second = _signed(GOLDEN), _signed(MULTIPLIERS[0]), _signed(MULTIPLIERS[1])
-    # Filled on the device: a tensor made of a number would be sent there, and a graph can't do that.
+    # Filled on the device: a tensor made of a number would be sent there, which no graph can do.
     h = torch.full((), golden, dtype=torch.int64, device=device)
     for part in parts:
         bits = part.to(torch.int64) if isinstance(part, Tensor) else _signed(part)
@@ -167,7 +167,8 @@ def inverse_cdf(probs: Tensor, u: Tensor) -> Tensor:
 
     The sums are float64: in float32 the tail of a large vocabulary (probabilities below 6e-8) could
     never be drawn. Where there are more than `FEW` tokens, they run over blocks of them first, then
-    inside one block a row, which takes a third of the time of a cumulated sum over V. A token of probability 0 is never returned.
+    inside one block a row, which takes a third of the time of a cumulated sum over V. A token of
+    probability 0 is never returned.
 
     Args:
         probs: [N, V], non-negative; rows need not sum to exactly 1.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from textgym.episodes import SequenceBatch
-from textgym.policies import CausalLMPolicy
+from textgym.policies import CausalLMPolicy, cpu_attention
 
 VOCAB = 61
 
@@ -108,6 +108,27 @@ def test_attention_of_one_query_is_that_of_many(
         assert 0 < float(gap) < 0.03 * float(size) or step == 0
         policy.logits(at)
     assert not policy._no_cache  # type: ignore[has-type]
+
+
+def test_products_attend_where_one_query_a_row_does(
+    make_model: Callable[..., Any], obs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renamed field of transformers' configurations would leave them out without a word."""
+    called: list[int] = []
+    attend = cpu_attention._one_query
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        called.append(args[1].shape[2])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setitem(cpu_attention.ALL_ATTENTION_FUNCTIONS, cpu_attention.ATTENTION, counted)
+    policy = CausalLMPolicy(make_model(), device="cpu")
+    policy.act(obs, np.arange(4))
+    called.clear()  # those of the trial
+    before = policy.config._attn_implementation
+    policy.generate(obs, np.arange(4), max_new_tokens=3, stop_ids=())
+    assert called == [1] * 3 * 3  # layers, steps; the first from the cache
+    assert policy.config._attn_implementation == before == "sdpa"
 
 
 def test_adapters_are_followed_and_a_reference_leaves_them_off(
