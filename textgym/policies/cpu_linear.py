@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SMALLEST = 1 << 24
+SMALLEST = 1 << 22
 """Multiplications of a product that is worth it: oneDNN writes code for a new shape (0.5 ms)."""
 
 
