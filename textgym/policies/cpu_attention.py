@@ -62,10 +62,9 @@ def _one_query(
     if query.dtype == torch.bfloat16:  # the product of this order and shape is the fast one
         flat = grouped.flatten(0, 1).transpose(1, 2)
         score = torch.bmm(key.flatten(0, 1), flat).transpose(1, 2)
-        score = score.view(rows, groups, *score.shape[1:])
+        score = score.view(rows, groups, *score.shape[1:]).float()
     else:
         score = torch.matmul(grouped, key.transpose(2, 3))  # [n, groups, heads / groups, columns]
-    score = score.float()
     if attention_mask is not None:
         score = score.masked_fill(~attention_mask, NEG_INF)
     out = torch.matmul(torch.softmax(score, -1).to(value.dtype), value)
