@@ -222,8 +222,9 @@ class Run:
         self._fresh_start()
 
     def rollout_done(self) -> None:
-        """Note the time: what was done of this update so far was sampling and scoring."""
+        """Note the time, and let go of the rollout's cache: the update needs the memory."""
         self._rollout_s = time.perf_counter() - self._clock
+        self.policy.invalidate_cache()
 
     def finish_update(
         self,
