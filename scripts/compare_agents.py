@@ -11,7 +11,9 @@ numbers of REINFORCE's, which takes one step an update as well. Models of random
 with those of `tests/agents/test_diagnostics.py`, GRPO with PPO's and RLOO with REINFORCE's. Their
 entropy bonus of 0.1 is in units of the spread of advantages; RLOO's advantages are in units of
 reward, and its bonus is that times 0.05, the least that whitening divides by. An agent has the same
-numbers wherever the model is of the same kind, and all start from the same weights.
+numbers wherever the model is of the same kind, and all start from the same weights. GRPO and RLOO,
+which sample in groups, begin with the same draws, and so do REINFORCE and PPO: where all hangs on
+the first success, the two of a pair share their luck.
 """
 
 from __future__ import annotations
