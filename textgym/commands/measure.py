@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from textgym.task import Task
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
-_FORWARD = 64  # sequences of one scoring forward
+FORWARD = 64  # sequences of one scoring forward
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _against(
     """KL to the reference (exact, nats per response) and perplexity under it."""
     kl, logprob = np.zeros(episodes.num_tokens), np.zeros(episodes.num_tokens)
     with sampler(policy, top_k=None, top_p=None):  # the distribution before any cut
-        for part in microbatches(deal(np.diff(episodes.starts)), episodes, _FORWARD):
+        for part in microbatches(deal(np.diff(episodes.starts)), episodes, FORWARD):
             tokens = episodes.tokens(part)
             kl[tokens] = policy.kl(reference, episodes.batch(part)).cpu().numpy()
             scored = reference.evaluate(episodes.batch(part), entropy=False)

@@ -58,7 +58,8 @@ FOR_EMBEDDED: dict[str, dict[str, Any]] = {
     "sft": {"lr": 1e-3},
 }
 """What differs from a config's defaults for the embedded model, which is tiny. Found on validation
-prompts; SFT's rate is the best of 5e-4, 1e-3, 2e-3 and 4e-3, so that the comparison is fair."""
+prompts (expert iteration's on other draws of training prompts); SFT's rate is the best of 5e-4,
+1e-3, 2e-3 and 4e-3, so that the comparison is fair."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class TrainArgs(TaskArgs):
     stay as exact as they are. Default is the weights' own."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass: less memory, about a third more time."""
+    logit_chunk: int | None = None
+    """Action tokens of a forward whose probabilities are kept for the backward pass; those of
+    others are computed again. Default is as many as 1 GiB holds."""
     lora: int | None = None
     """Train low-rank adapters of this rank instead of all weights."""
     temperature: float = 1.0
@@ -97,6 +101,17 @@ class TrainArgs(TaskArgs):
     """Whether to train SFT for the same time and compare; default is with the embedded model."""
     quiet: bool = False
     """No progress."""
+    dry_run: bool = False
+    """Train nothing: say how much memory the run would need, and whether it is there."""
+
+
+def policy_settings(args: TrainArgs) -> dict[str, Any]:
+    """How the policy is made from the model."""
+    names = ("device", "dtype", "compute_dtype", "gradient_checkpointing", "lora", "temperature")
+    settings = {name: getattr(args, name) for name in names}
+    if args.logit_chunk is not None:  # else what is saved beside the model counts
+        settings["logit_chunk"] = args.logit_chunk
+    return settings
 
 
 def parse(agent: str, arguments: Sequence[str]) -> tuple[TrainArgs, Any]:
@@ -179,4 +194,6 @@ def plain(options: Any) -> dict[str, Any]:
             values[name] = str(Path(value).resolve())
     for name, value in values.items():
         values[name] = str(value) if isinstance(value, Path) else value
-    return {name: value for name, value in values.items() if name not in ("resume", "folder")}
+    return {
+        name: value for name, value in values.items() if name not in ("resume", "folder", "dry_run")
+    }

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from textgym.checkpoint import CheckpointError, prepare_folder
+from textgym.commands.dry_run import dry_run
 from textgym.commands.errors import UsageError, reported
 from textgym.commands.listing import agent_names
 from textgym.commands.measure import Measured, ceiling, measure
@@ -33,6 +34,7 @@ from textgym.commands.options import (
     config_for,
     parse,
     plain,
+    policy_settings,
     saved_options,
     value_of,
 )
@@ -81,6 +83,8 @@ def run_sft(arguments: Sequence[str]) -> int:
 def _run(agent: str, arguments: Sequence[str]) -> int:
     with reported():
         args, config = parse(agent, arguments)
+        if args.dry_run:
+            return dry_run(agent, args, config, Console(highlight=False))
         console = Console(highlight=False, quiet=not start(args.device).leads)
         training = Training(agent, args, config, console)
     status = training.run()
@@ -127,18 +131,8 @@ class Training:
 
     def start(self) -> CausalLMPolicy:
         """The policy before training."""
-        args = self.args
-        return load_policy(
-            self.maker.model,
-            self.envs.task,
-            seed=self.config.seed,
-            device=args.device,
-            dtype=args.dtype,
-            compute_dtype=args.compute_dtype,
-            gradient_checkpointing=args.gradient_checkpointing,
-            lora=args.lora,
-            temperature=args.temperature,
-        )
+        settings = policy_settings(self.args)
+        return load_policy(self.maker.model, self.envs.task, seed=self.config.seed, **settings)
 
     def make(self, agent: str, policy: CausalLMPolicy, config: Any, folder: Path) -> Any:
         """An agent on this task."""

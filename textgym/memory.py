@@ -1,0 +1,336 @@
+"""How much memory a run will need, found by running it without any.
+
+A policy with fake weights (`textgym.weightless`) is let do once what a run does over and over: read
+prompts and decode a token, score sequences by the reference, forward and backward of an update, an
+optimizer step. It is the code that trains, so there is no formula for a family of models that could
+fall behind: attention, oneDNN's layers, blocks of logits, checkpointing, autocast, adapters and the
+optimizer are counted as they are, and the most that exists at once is what they add up to then.
+
+    learning  = weights + reference + gradients + moments + acting copy + (kept + passing)
+    sampling  = weights + reference + moments + acting copy + cache + max(prefill, decoding step)
+    cache     = 2 x layers x rows N x heads x (columns L + 1) x head size x bytes of a number
+
+Shapes: N rows, L columns, B episodes, T tokens, M action tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from textgym.episodes import SequenceBatch
+from textgym.learning import GuardedOptimizer, microbatches
+from textgym.returns import IntArray
+from textgym.weightless import FAKE, LiveBytes, fake_weights
+
+if TYPE_CHECKING:
+    from textgym.policies import CausalLMPolicy
+
+HEAP = 1.33
+"""Memory that a process on a CPU takes from the system for a byte of tensors at their peak. malloc
+cannot fill every hole between blocks, and keeps what was freed: measured 1.2 to 1.5 with glibc, up
+to 1.8 where tensors are a little below 32 MiB, by `scripts/check_memory.py`."""
+
+
+def resident(live: int) -> int:
+    """Bytes of RAM in which tensors of so many bytes live."""
+    return round(HEAP * live)
+
+
+def episode_bytes(tokens: int, actions: int, components: int, vocab_size: int = 0) -> int:
+    """Bytes of RAM of a rollout, while it is collected and learned from.
+
+        8 tokens + (24 + 8 components + ceil(V / 8)) actions
+
+    are those of `Episodes`. They exist twice while a rollout's steps are put in order, and then
+    as numbers that an update is computed from.
+
+    Args:
+        tokens: Of all sequences, prompts included.
+        actions: Of them, those that the policy chose.
+        components: Parts of the reward.
+        vocab_size: V, where tokens are forbidden; else 0.
+    """
+    return 2 * (8 * tokens + (24 + 8 * components + -(-vocab_size // 8)) * actions)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is done with a policy."""
+
+    prompts: IntArray
+    """Tokens of the prompts of a batch [B], groups one after another."""
+    responses: IntArray
+    """Tokens of the responses that are learned from [B]."""
+    budget: int
+    """Tokens of a response that is sampled, at most."""
+    columns: int
+    """L, the longest sequence that an observation holds."""
+    rows: int
+    """Rows N that decode at once."""
+    group_size: int = 1
+    """Responses to one prompt, which is read once."""
+    learned: int | None = None
+    """How many of the B sequences are learned from; None: all."""
+    minibatches: int = 1
+    """Gradient steps of a pass."""
+    microbatch: int | None = None
+    """Sequences in one forward; None: a minibatch."""
+    entropy_gradient: bool = False
+    """Whether the loss has an entropy bonus."""
+    scored: bool = True
+    """Whether the reference scores every rollout."""
+    exact_kl: int = 0
+    """Sequences of a rollout whose divergence from the reference is computed."""
+    measured: int = 0
+    """Sequences of a forward when the policy is measured before and after training."""
+    masks: bool = False
+    """Whether tokens are forbidden."""
+
+    def widest(self, count: int, step: int = 1) -> tuple[IntArray, int]:
+        """The forward with the most padded tokens of those that `microbatches` makes of sequences.
+
+        Args:
+            count: How many of the sequences.
+            step: Take one in so many of them.
+
+        Returns:
+            The sequences of that forward, and how many forwards there are.
+        """
+        chosen = np.arange(min(count, len(self.prompts)))[::step]
+        lengths = (self.prompts + self.responses)[chosen]
+        like: Any = SimpleNamespace(starts=np.concatenate([[0], np.cumsum(lengths)]))
+        parts = list(microbatches(np.arange(len(lengths)), like, self.microbatch))
+        widest = max(parts, key=lambda part: len(part) * int(lengths[part].max()))
+        return chosen[widest], len(parts)
+
+    def sampled(self, count: int) -> Workload:
+        """As many sequences, with responses as long as they may be."""
+        prompts = np.resize(self.prompts, count)
+        return replace(self, prompts=prompts, responses=np.full(count, self.budget))
+
+    def batch(self, chosen: IntArray, policy: CausalLMPolicy) -> SequenceBatch:
+        """Some of the sequences, for `evaluate`."""
+        prompts, responses = self.prompts[chosen], self.responses[chosen]
+        lengths = prompts + responses
+        row = np.repeat(np.arange(len(chosen)), responses)
+        first = np.cumsum(responses) - responses
+        col = np.arange(len(row)) - first[row] + prompts[row]
+        return SequenceBatch(
+            ids=torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64),
+            lengths=torch.from_numpy(lengths),
+            row=torch.from_numpy(row),
+            col=torch.from_numpy(col),
+            action_mask=_mask(len(row), policy, "cpu") if self.masks else None,
+        )
+
+
+@dataclass
+class Footprint:
+    """Bytes on the policy's device."""
+
+    parameters: int = 0
+    """Weights, value head and adapters."""
+    reference: int = 0
+    """Weights of the reference that are not the policy's own."""
+    gradients: int = 0
+    """One number for each weight that is trained."""
+    optimizer: int = 0
+    """Adam's moments."""
+    acting: int = 0
+    """Copy of the weights in the dtype that the policy acts in."""
+    cache: int = 0
+    """Keys and values of all rows."""
+    cache_shape: tuple[int, ...] = ()
+    """Layers, 2, rows, heads, columns, head size."""
+    prefill: int = 0
+    """What reading the prompts takes beside the cache."""
+    decode: int = 0
+    """What a decoding step takes beside the cache: hidden states, logits, the sampler's sums."""
+    scoring: int = 0
+    """What forwards without gradient take: log-probabilities of the reference, exact KL."""
+    forward: tuple[int, int] = (0, 0)
+    """Sequences and padded length of the largest forward of an update."""
+    activations: int = 0
+    """What it keeps in the layers for the backward pass: hidden states, attention, MLP."""
+    probabilities: int = 0
+    """What it keeps of the action tokens' distributions."""
+    passing: int = 0
+    """What comes on top of both for a moment, in the forward or in the backward pass."""
+    peaks: dict[str, int] = field(default_factory=dict)
+    """The most that exists at once while a run samples, learns, and is measured or saved."""
+
+    @property
+    def peak(self) -> int:
+        """The most that exists at once."""
+        return max(self.peaks.values())
+
+    @property
+    def weights(self) -> int:
+        """What is there all the time, once the optimizer has made a step."""
+        return self.parameters + self.reference + self.optimizer + self.acting
+
+
+def predict(
+    policy: CausalLMPolicy,
+    reference: CausalLMPolicy | None,
+    optimizer: GuardedOptimizer,
+    work: Workload,
+) -> Footprint:
+    """Predict what a run takes once the optimizer has its state, which is after the first step.
+
+    Args:
+        policy: Made by `without_storage`.
+        reference: Its frozen copy, if there is one.
+        optimizer: Of its weights.
+        work: What the run does.
+    """
+    with LiveBytes(policy.device.type) as live, fake_weights():
+        trial = _Trial(live, policy, reference, optimizer, work)
+        trial.step()
+        found = trial.found
+        found.peaks["sampling"] = live.most(trial.sample)
+        if reference is not None and work.measured:
+            found.peaks["measuring"] = live.most(trial.measure)
+        # A captured step keeps its memory and the cache.
+        graphs = policy.device.type == "cuda" and bool(policy.cuda_graphs)
+        if not graphs:
+            policy.invalidate_cache()
+        gc.collect()
+        found.peaks["learning"] = max(live.most(trial.score), live.most(trial.learn))
+        policy.invalidate_cache()
+    if graphs:
+        found.peaks = {name: peak + found.decode for name, peak in found.peaks.items()}
+    if found.gradients < found.parameters // 2:  # adapters are merged into a copy of the weights
+        found.peaks["saving"] = found.weights + found.parameters
+    return found
+
+
+class _Trial:
+    """Does once what a run does, and writes down what it takes."""
+
+    def __init__(
+        self,
+        live: LiveBytes,
+        policy: CausalLMPolicy,
+        reference: CausalLMPolicy | None,
+        optimizer: GuardedOptimizer,
+        work: Workload,
+    ) -> None:
+        self.live, self.policy, self.reference = live, policy, reference
+        self.optimizer, self.work, self.found = optimizer, work, Footprint()
+        self.found.parameters = live.take_in(policy)
+        if reference is not None:
+            self.found.reference = live.take_in(reference)
+
+    def step(self) -> None:
+        """An optimizer step."""
+        before = self.live.now
+        for parameter in self.optimizer.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        self.found.gradients = self.live.now - before
+        self.optimizer.step(0.0)
+        self.found.optimizer = self.live.now - before
+
+    @torch.inference_mode()
+    def sample(self) -> None:
+        """Read the prompts of all rows; then the last of the decoding steps."""
+        live, policy, work, found = self.live, self.policy, self.work, self.found
+        before = live.now
+        decoder = policy._slot_decoder()
+        gc.collect()
+        found.acting = 0 if policy.compute_dtype is None else live.now - before
+        rows = np.arange(work.rows)
+        length = np.resize(work.prompts, work.rows)
+        last = length + work.budget - 1
+        ids = np.zeros((work.rows, work.columns), np.int64)
+        ids[:, 0] = rows // work.group_size
+        token = torch.zeros(work.rows, dtype=torch.int64, device=policy.device)
+        mask = _mask(work.rows, policy, policy.device) if work.masks else None
+
+        def draw(hidden: Tensor) -> None:
+            policy._draw(hidden, token, mask)
+
+        with policy._forward_mode():
+            before = live.now
+            if decoder is None:  # a full forward for every token
+                most = live.most(lambda: draw(policy._hidden_last(ids, last, rows)))
+            else:
+                prefill = live.most(lambda: draw(policy._hidden_last(ids, length, rows)))
+                layers = decoder.store.slot_layers
+                keys = layers[0].keys
+                assert keys is not None
+                found.cache_shape = (len(layers), 2, *keys.shape)
+                found.cache = 2 * len(layers) * keys.nbytes
+                found.prefill = prefill - live.now
+                before = live.now
+                decoder.held[rows] = last
+                most = live.most(lambda: draw(decoder.append(token, rows)))
+            found.decode = most - before
+
+    def measure(self) -> None:
+        """What `train` asks about samples before and after training."""
+        work = self.work.sampled(self.work.measured)
+        self._compare(np.arange(len(work.prompts)), work, exact=True)
+
+    def score(self) -> None:
+        """What is asked of the reference about a rollout."""
+        work, live = self.work, self.live
+        if self.reference is None or not work.scored:
+            return
+
+        def ask() -> None:
+            self._compare(work.widest(len(work.prompts))[0], work, exact=False)
+            if work.exact_kl:
+                self._compare(work.widest(work.exact_kl)[0], work, exact=True)
+
+        before = live.now
+        self.found.scoring = live.most(ask) - before
+
+    @torch.no_grad()
+    def _compare(self, chosen: IntArray, work: Workload, *, exact: bool) -> None:
+        assert self.reference is not None
+        batch = work.batch(chosen, self.policy)
+        self.reference.evaluate(batch, entropy=False)
+        if exact:
+            self.policy.kl(self.reference, batch)
+
+    def learn(self) -> None:
+        """Forward and backward of the largest part of a minibatch, and a step."""
+        live, policy, work, found = self.live, self.policy, self.work, self.found
+        count = len(work.prompts) if work.learned is None else work.learned
+        chosen, forwards = work.widest(count, work.minibatches)
+        batch = work.batch(chosen, policy)
+        found.forward = (batch.ids.shape[0], batch.ids.shape[1])
+        before = live.now
+        with policy._forward_mode():
+            hidden = policy._decisions(batch)
+        found.activations = live.now - before
+        del hidden
+
+        def forward_backward() -> None:
+            scored = policy.evaluate(batch, entropy_gradient=work.entropy_gradient)
+            loss = scored.logprob.sum()
+            if scored.value is not None:
+                loss = loss + scored.value.sum()
+            if work.entropy_gradient and scored.entropy is not None:
+                loss = loss + scored.entropy.sum()
+            found.probabilities = live.now - before - found.activations
+            loss.backward()  # type: ignore[no-untyped-call]
+
+        for _ in range(min(2, forwards)):  # from the second on there are gradients
+            before = live.now
+            found.passing = live.most(forward_backward) - before
+        found.passing -= found.activations + found.probabilities
+        self.optimizer.step(0.0)
+
+
+def _mask(rows: int, policy: CausalLMPolicy, device: torch.device | str) -> Tensor:
+    with FAKE:
+        return torch.ones(rows, policy.vocab_size, dtype=torch.bool, device=device)
