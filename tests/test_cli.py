@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from textgym.cli import COMMANDS, main
+from textgym.commands import dry_run
 from textgym.commands.errors import UsageError
 from textgym.commands.listing import agent_names
 from textgym.commands.measure import Measured
@@ -125,6 +126,57 @@ def test_train_runs_recipes_for_sb3(agent: str, capsys: pytest.CaptureFixture[st
     assert main(["train", "--resume", "--folder", "run", "--total-tokens", "300", "--quiet"]) == 0
     assert json.loads(Path("run", REPORT).read_text())["total_tokens"] == 320
     assert main(["eval", "--model", "run", "--count", "4"]) == 0
+
+
+@pytest.mark.parametrize("agent", ["ppo", "reinforce", "grpo", "expert-iteration"])
+def test_a_dry_run_says_what_a_run_needs_and_writes_nothing(
+    agent: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--agent", agent, "--env", "textgym/StopEarly-v0", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for row in ("parameters", "gradients", "optimizer", "reference", "cache", "activations"):
+        assert re.search(rf"^{row} +[\d.,]+ ", shown, re.MULTILINE), row
+    for phase in ("sampling", "measuring", "learning"):
+        assert f"peak while {phase}" in shown
+    assert "it fits" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_to_lower_until_it_fits(
+    table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    available = 200 << 20
+    monkeypatch.setattr(dry_run, "used_memory", lambda: 100 << 20)
+    monkeypatch.setattr(dry_run, "available_memory", lambda device: available)
+    options = ["--model", "random", "--prompts", str(table), "--prompt-column", "mr", "--dry-run"]
+    options += ["--reference-column", "ref", "--reward", "bleu", "--max-new-tokens", "48"]
+    options += ["--minibatches", "1", "--report-prompts", "8", "--episodes", "128"]
+    assert main(["train", *options]) == 1
+    shown = capsys.readouterr().out
+    assert "it does not fit" in shown and "--gradient-checkpointing" in shown
+    found = re.search(r"--microbatch (\d+): a forward holds (\d+) sequences now", shown)
+    assert found is not None, shown
+    assert int(found[1]) < int(found[2])
+    assert main(["train", *options, "--microbatch", found[1]]) == 0
+    assert main(["train", *options, "--microbatch", str(2 * int(found[1]))]) == 1
+    available = 110 << 20
+    capsys.readouterr()
+    assert main(["train", *options, "--microbatch", found[1], "--num-envs", "128"]) == 1
+    assert re.search(r"--num-envs \d+: 128 rows", capsys.readouterr().out)
+
+
+def test_a_dry_run_of_sft_and_not_of_sb3(
+    table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--model", "random", "--prompts", str(table), "--prompt-column", "mr"]
+    options += ["--reference-column", "ref", "--reward", "bleu", "--dry-run"]
+    assert main(["sft", *options]) == 0
+    assert "32 sequences of" in capsys.readouterr().out
+    assert main(["train", "--agent", "sb3-ppo", *options]) == 2
+    assert "not what SB3 does" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", *options]) == 2
+    assert "without torchrun" in capsys.readouterr().err
 
 
 def test_tokens_that_no_reference_has_are_forbidden(capsys: pytest.CaptureFixture[str]) -> None:
