@@ -251,8 +251,8 @@ def advice(found: Forecast, args: TrainArgs, available: int) -> list[str]:
 
     def share(phase: str, moving: int) -> float:
         """How much of what moves there is room for, where the rest stays."""
-        moving = peaks[phase] * moving // size.peaks[phase]
-        return 1.0 - (peaks[phase] - available) / max(1, moving)
+        taken = resident(moving) if found.policy.device.type == "cpu" else moving
+        return 1.0 - (peaks[phase] - available) / max(1, taken)
 
     if "learning" in too_much:
         sequences = size.forward[0]
