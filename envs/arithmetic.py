@@ -121,17 +121,17 @@ class ArithmeticEnv(TextGenEnv):
     """A sum in, its value out; a verifier reads the number.
 
     ## Description
-    A prompt is `12 + 7 =`, the right response `19`. Terms have one or two digits, each as likely.
-    Optimum **1**.
+    A prompt is `8 + 7 =`, the right response `15`. Terms have one digit; with `digits=2` one or two,
+    each as likely. Optimum **1**.
 
     ## Observation Space
-    That of `TextGenEnv`; with the embedded tokenizer V = 1024 and L = 23.
+    That of `TextGenEnv`; with the embedded tokenizer V = 1024 and L = 21.
 
     ## Action Space
     `Discrete(V)`.
 
     ## Rewards
-    At the end, 1 if the text is the right whole number and nothing else (`19`, ` 19.`, `+019`),
+    At the end, 1 if the text is the right whole number and nothing else (`15`, ` 15.`, `+015`),
     else 0.
 
     ## Episode End
@@ -141,7 +141,7 @@ class ArithmeticEnv(TextGenEnv):
     That of `TextGenEnv`; the component is `numeric_match`.
 
     ## Arguments
-    `split="train"`, `digits=2`, `operators="+-"`, `terms=2`, `seed=0`, `tokenizer="embedded"`,
+    `split="train"`, `digits=1`, `operators="+-"`, `terms=2`, `seed=0`, `tokenizer="embedded"`,
     `max_new_tokens=16`.
 
     ## Version History
