@@ -121,8 +121,8 @@ class ArithmeticEnv(TextGenEnv):
     """A sum in, its value out; a verifier reads the number.
 
     ## Description
-    A prompt is `8 + 7 =`, the right response `15`. Terms have one digit; with `digits=2` one or two,
-    each as likely. Optimum **1**.
+    A prompt is `8 + 7 =`, the right response `15`. Terms have one digit; with `digits=2` one or
+    two, each as likely. Optimum **1**.
 
     ## Observation Space
     That of `TextGenEnv`; with the embedded tokenizer V = 1024 and L = 21.

@@ -180,7 +180,7 @@ def check_above_0(config: Any, *names: str) -> None:
 # ------------------------------------------------------------------------------------ forwards
 
 
-FORWARD_TOKENS = 512
+FORWARD_TOKENS = 256
 """Padding that a forward of its own is worth: what one costs beside its tokens, in tokens."""
 FORWARD_LIMIT = 4096
 """Padded tokens that one forward holds at most, unless a single sequence is longer."""
