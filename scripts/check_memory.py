@@ -170,7 +170,7 @@ def in_child(kind: str, options: list[str]) -> Any:
         check=False,
     )
     if done.returncode:
-        raise SystemExit(f"{kind} {options}\n{done.stdout}\n{done.stderr}")
+        raise SystemExit(f"{kind} {options}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1]) if done.stdout else None
 
 

@@ -70,7 +70,7 @@ def test_a_storage_counts_from_its_first_tensor_to_its_last() -> None:
         held = [view]
         del view
         most = live.most(lambda: (held[0] + 1.0).sum())
-        assert (most, live.now) == (400 + 320 + 4, 400)
+        assert (most.tensors, live.now) == (400 + 320 + 4, 400)
         held.clear()
         assert live.now == 0
 

@@ -32,16 +32,6 @@ from textgym.weightless import FAKE, LiveBytes, fake_weights
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
 
-HEAP = 1.33
-"""Memory that a process on a CPU takes from the system for a byte of tensors at their peak. malloc
-cannot fill every hole between blocks, and keeps what was freed: measured 1.2 to 1.5 with glibc, up
-to 1.8 where tensors are a little below 32 MiB, by `scripts/check_memory.py`."""
-
-
-def resident(live: int) -> int:
-    """Bytes of RAM in which tensors of so many bytes live."""
-    return round(HEAP * live)
-
 
 def episode_bytes(tokens: int, actions: int, components: int, vocab_size: int = 0) -> int:
     """Bytes of RAM of a rollout, while it is collected and learned from.
@@ -165,11 +155,8 @@ class Footprint:
     """What comes on top of both for a moment, in the forward or in the backward pass."""
     peaks: dict[str, int] = field(default_factory=dict)
     """The most that exists at once while a run samples, learns, and is measured or saved."""
-
-    @property
-    def peak(self) -> int:
-        """The most that exists at once."""
-        return max(self.peaks.values())
+    ram: dict[str, int] = field(default_factory=dict)
+    """The same with the holes that malloc leaves, for a policy on a CPU."""
 
     @property
     def weights(self) -> int:
@@ -193,22 +180,21 @@ def predict(
     """
     with LiveBytes(policy.device.type) as live, fake_weights():
         trial = _Trial(live, policy, reference, optimizer, work)
-        trial.step()
-        found = trial.found
-        found.peaks["sampling"] = live.most(trial.sample)
+        phases = {"sampling": live.most(trial.sample)}
         if reference is not None and work.measured:
-            found.peaks["measuring"] = live.most(trial.measure)
+            phases["measuring"] = live.most(trial.measure)
         # A captured step keeps its memory and the cache.
         graphs = policy.device.type == "cuda" and bool(policy.cuda_graphs)
         if not graphs:
             policy.invalidate_cache()
         gc.collect()
-        found.peaks["learning"] = max(live.most(trial.score), live.most(trial.learn))
+        phases["learning"] = live.most(trial.learn)
         policy.invalidate_cache()
-    if graphs:
-        found.peaks = {name: peak + found.decode for name, peak in found.peaks.items()}
+    found = trial.found
+    found.peaks = {n: most.tensors + graphs * found.decode for n, most in phases.items()}
+    found.ram = {n: most.ram for n, most in phases.items()}
     if found.gradients < found.parameters // 2:  # adapters are merged into a copy of the weights
-        found.peaks["saving"] = found.weights + found.parameters
+        found.peaks["saving"] = found.ram["saving"] = found.weights + found.parameters
     return found
 
 
@@ -228,15 +214,13 @@ class _Trial:
         self.found.parameters = live.take_in(policy)
         if reference is not None:
             self.found.reference = live.take_in(reference)
-
-    def step(self) -> None:
-        """An optimizer step."""
-        before = self.live.now
-        for parameter in self.optimizer.parameters:
+        before = live.now
+        for parameter in optimizer.parameters:
             parameter.grad = torch.empty_like(parameter)
-        self.found.gradients = self.live.now - before
-        self.optimizer.step(0.0)
-        self.found.optimizer = self.live.now - before
+        self.found.gradients = live.now - before
+        optimizer.step(0.0)
+        self.found.optimizer = live.now - before
+        live.settle()
 
     @torch.inference_mode()
     def sample(self) -> None:
@@ -260,9 +244,9 @@ class _Trial:
         with policy._forward_mode():
             before = live.now
             if decoder is None:  # a full forward for every token
-                most = live.most(lambda: draw(policy._hidden_last(ids, last, rows)))
+                most = live.most(lambda: draw(policy._hidden_last(ids, last, rows))).tensors
             else:
-                prefill = live.most(lambda: draw(policy._hidden_last(ids, length, rows)))
+                prefill = live.most(lambda: draw(policy._hidden_last(ids, length, rows))).tensors
                 layers = decoder.store.slot_layers
                 keys = layers[0].keys
                 assert keys is not None
@@ -271,7 +255,7 @@ class _Trial:
                 found.prefill = prefill - live.now
                 before = live.now
                 decoder.held[rows] = last
-                most = live.most(lambda: draw(decoder.append(token, rows)))
+                most = live.most(lambda: draw(decoder.append(token, rows))).tensors
             found.decode = most - before
 
     def measure(self) -> None:
@@ -279,19 +263,12 @@ class _Trial:
         work = self.work.sampled(self.work.measured)
         self._compare(np.arange(len(work.prompts)), work, exact=True)
 
-    def score(self) -> None:
+    def _score(self) -> None:
         """What is asked of the reference about a rollout."""
-        work, live = self.work, self.live
-        if self.reference is None or not work.scored:
-            return
-
-        def ask() -> None:
-            self._compare(work.widest(len(work.prompts))[0], work, exact=False)
-            if work.exact_kl:
-                self._compare(work.widest(work.exact_kl)[0], work, exact=True)
-
-        before = live.now
-        self.found.scoring = live.most(ask) - before
+        work = self.work
+        self._compare(work.widest(len(work.prompts))[0], work, exact=False)
+        if work.exact_kl:
+            self._compare(work.widest(work.exact_kl)[0], work, exact=True)
 
     @torch.no_grad()
     def _compare(self, chosen: IntArray, work: Workload, *, exact: bool) -> None:
@@ -302,8 +279,11 @@ class _Trial:
             self.policy.kl(self.reference, batch)
 
     def learn(self) -> None:
-        """Forward and backward of the largest part of a minibatch, and a step."""
+        """Scores of the reference; forward and backward of the largest part, and a step."""
         live, policy, work, found = self.live, self.policy, self.work, self.found
+        if self.reference is not None and work.scored:
+            before = live.now
+            found.scoring = live.most(self._score).tensors - before
         count = len(work.prompts) if work.learned is None else work.learned
         chosen, forwards = work.widest(count, work.minibatches)
         batch = work.batch(chosen, policy)
@@ -326,7 +306,7 @@ class _Trial:
 
         for _ in range(min(2, forwards)):  # from the second on there are gradients
             before = live.now
-            found.passing = live.most(forward_backward) - before
+            found.passing = live.most(forward_backward).tensors - before
         found.passing -= found.activations + found.probabilities
         self.optimizer.step(0.0)
 

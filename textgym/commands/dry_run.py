@@ -24,8 +24,8 @@ from textgym.commands.ram import MIB, available_memory, used_memory
 from textgym.commands.setup import TaskMaker
 from textgym.episodes import SequenceBatch
 from textgym.learning import GuardedOptimizer
-from textgym.memory import Footprint, Workload, episode_bytes, predict, resident
-from textgym.weightless import fake_weights, without_storage
+from textgym.memory import Footprint, Workload, episode_bytes, predict
+from textgym.weightless import HOLES, fake_weights, without_storage
 
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
@@ -50,10 +50,10 @@ class Forecast:
     @property
     def peaks(self) -> dict[str, int]:
         """The most that each phase takes on the policy's device; on a CPU, of the whole process."""
-        peaks, device = self.footprint.peaks, self.policy.device
-        if device.type != "cpu":
-            return peaks
-        return {n: self.base + self.episodes + resident(size) for n, size in peaks.items()}
+        if self.policy.device.type != "cpu":
+            return self.footprint.peaks
+        process = self.base + self.episodes
+        return {phase: process + size for phase, size in self.footprint.ram.items()}
 
 
 def dry_run(agent: str, args: TrainArgs, config: Any, console: Console) -> int:
@@ -251,8 +251,8 @@ def advice(found: Forecast, args: TrainArgs, available: int) -> list[str]:
 
     def share(phase: str, moving: int) -> float:
         """How much of what moves there is room for, where the rest stays."""
-        taken = resident(moving) if found.policy.device.type == "cpu" else moving
-        return 1.0 - (peaks[phase] - available) / max(1, taken)
+        taken = moving * (1.0 + HOLES if found.policy.device.type == "cpu" else 1.0)
+        return 1.0 - (peaks[phase] - available) / max(1.0, taken)
 
     if "learning" in too_much:
         sequences = size.forward[0]
