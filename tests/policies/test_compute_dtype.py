@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from textgym.episodes import SequenceBatch
-from textgym.policies import CausalLMPolicy, cpu_attention
+from textgym.policies import CausalLMPolicy, cpu_attention, joined_step
 
 VOCAB = 61
 
@@ -115,13 +115,14 @@ def test_products_attend_where_one_query_a_row_does(
 ) -> None:
     """A renamed field of transformers' configurations would leave them out without a word."""
     called: list[int] = []
-    attend = cpu_attention._one_query
+    attend = cpu_attention._attention
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         called.append(args[1].shape[2])
         return attend(*args, **kwargs)
 
     monkeypatch.setitem(cpu_attention.ALL_ATTENTION_FUNCTIONS, cpu_attention.ATTENTION, counted)
+    monkeypatch.setattr(joined_step, "FAMILIES", set())  # else it attends in the model's stead
     policy = CausalLMPolicy(make_model(), device="cpu")
     policy.act(obs, np.arange(4))
     called.clear()  # those of the trial

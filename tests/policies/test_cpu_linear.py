@@ -22,7 +22,7 @@ def _small_products_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_products_are_left_to_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fast = pair(bias=False)
     monkeypatch.setattr(cpu_linear, "SMALLEST", 3 * 24 * 40 + 1)
-    monkeypatch.setattr(cpu_linear, "_times_transposed", None)  # not even asked
+    monkeypatch.setattr(cpu_linear, "product", None)  # not even asked
     x = torch.randn(3, 24, generator=torch.Generator().manual_seed(4))
     assert torch.equal(fast(x), plain(x))
 

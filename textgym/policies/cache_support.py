@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.policies.joined_step import JoinedStep
 from textgym.policies.results import NOT_FINITE
 from textgym.policies.slot_cache import SlotDecoder
 
@@ -57,6 +58,11 @@ def make_slot_decoder(base: PreTrainedModel, vocab_size: int) -> SlotDecoder | s
     if not error <= tolerance(base.dtype):
         return f"in a trial run it differs from the full forward by {error:.1e} (relative)"
     decoder.clear()
+    if JoinedStep.fits(base):
+        decoder.step = JoinedStep(base, decoder.store)
+        if not _error(decoder, base, vocab_size) <= tolerance(base.dtype):
+            decoder.step = None  # the model does something that its parts do not tell
+        decoder.clear()
     return decoder
 
 

@@ -6,7 +6,7 @@ only; oneDNN asks the processor what it can do. `scripts/bench_linear.py` measur
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ class OneDNNLinear(nn.Linear):
             return super().forward(input)
         rows = input.reshape(-1, input.shape[-1]).contiguous()
         if torch.is_grad_enabled() and (rows.requires_grad or self.weight.requires_grad):
-            product: Tensor = _Product.apply(rows, self.weight)  # type: ignore[no-untyped-call]
+            out: Tensor = _Product.apply(rows, self.weight)  # type: ignore[no-untyped-call]
         else:
-            product = _times_transposed(rows, self.weight)
+            out = product(rows, self.weight)
         if self.bias is not None:
-            product = product + self.bias
-        return product.view(*input.shape[:-1], self.out_features)
+            out = out + self.bias
+        return out.view(*input.shape[:-1], self.out_features)
 
 
 class _Product(torch.autograd.Function):
@@ -38,18 +38,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _times_transposed(rows, weight)
+        return product(rows, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         gradient = gradient.contiguous()  # that of a sum has strides 0, which takes oneDNN minutes
         # Under create_graph the gradient gets one of its own (TRPO's Hessian-vector products).
-        product = _Product.apply if torch.is_grad_enabled() else _times_transposed
-        of_rows = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        times = _Product.apply if torch.is_grad_enabled() else product
+        of_rows = times(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         of_weight = None
         if ctx.needs_input_grad[1]:  # in this order it takes two thirds of the other's time
-            of_weight = product(rows.t(), gradient.t()).t()
+            of_weight = times(rows.t(), gradient.t()).t()
         return of_rows, of_weight
 
 
@@ -59,17 +59,21 @@ def use_onednn(model: nn.Module) -> None:
     The layers stay what they are: same parameters, same state dict, still `nn.Linear`. Subclasses
     (quantised layers, say) are left alone.
     """
-    if not _available():
+    if not has_onednn():
         return
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDNNLinear
 
 
-def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """A B^T of float32 matrices [n, k] and [m, k]."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return product
+def product(
+    rows: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """X W^T + b + residual of float32 rows [n, k] and a weight [m, k] on a CPU, by oneDNN."""
+    operator = torch.ops.mkldnn._linear_pointwise
+    if residual is None:
+        return cast(Tensor, operator(rows, weight, bias, "none", [], ""))
+    return cast(Tensor, operator.binary(rows, residual, weight, bias, "add"))
 
 
 def _applies(*tensors: Tensor) -> bool:
@@ -78,7 +82,7 @@ def _applies(*tensors: Tensor) -> bool:
     )
 
 
-def _available() -> bool:
+def has_onednn() -> bool:
     """Whether this build of PyTorch has the operator that its compiler uses for linear layers."""
     built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return built and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from textgym.policies.graph_decode import GraphDecode
+    from textgym.policies.joined_step import JoinedStep
 
 PREFILL_TOKENS = 32_768  # the most padded tokens in one prefill forward; bounds its memory
 
@@ -49,6 +50,8 @@ class SlotDecoder:
         self.base = base
         self.float_mask = float_mask
         self.store = SlotStore(num_layers)
+        self.step: JoinedStep | None = None
+        """Computes decoding steps in the model's stead, as long as nobody looks into the model."""
         # The ids that row r holds are the first held[r] columns of tokens[r].
         self.tokens: Ints = np.zeros((0, 0), np.int64)
         self.held: Ints = np.zeros(0, np.int64)
@@ -77,6 +80,8 @@ class SlotDecoder:
         self.slot = np.arange(len(self.slot))
         self._last_rows = None
         self.store.forget()
+        if self.step is not None:
+            self.step.forget()
 
     @torch.inference_mode()  # always the same mode: tensors of one may not be written in the other
     def hidden(self, ids: Ints, length: Ints, rows: Ints | None = None) -> Tensor:
@@ -229,7 +234,11 @@ class SlotDecoder:
             start=start,
             column=first if start is not None and bool((pos == first).all()) else None,
         )
-        hidden = self._forward(tokens[:, None], plan)[:, 0]
+        if self.step is None or self.step.is_watched:
+            hidden = self._forward(tokens[:, None], plan)[:, 0]
+        else:
+            self.store.plan = plan
+            hidden = self.step(tokens, plan)
         if order is not None:
             hidden = torch.empty_like(hidden).index_copy_(0, on_device, hidden)
         return hidden
