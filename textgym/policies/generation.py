@@ -113,6 +113,7 @@ class _Responses:
     ) -> None:
         total, self.longest = len(ids), max_new_tokens
         self.policy, self.length, self.mask = policy, length, mask
+        self.device = policy.device
         self.buffer = np.zeros((total, int(length.max()) + max_new_tokens), np.int64)
         self.buffer[:, : ids.shape[1]] = ids[:, : self.buffer.shape[1]]
         self.stop = np.array(sorted(stop_ids), np.int64)
@@ -121,9 +122,8 @@ class _Responses:
         self.count = np.zeros(total, np.int64)
         position = length[:, None] + np.arange(max_new_tokens)
         self.bits = streams.mix64(policy.seed, stream[:, None], sample_index[:, None], position)
-        self.key = to_device(self.bits.view(np.int64), policy.device)
         self.decoder = policy._slot_decoder()
-        self.every = 1 if self.decoder is None else steps_between_looks(policy.device)
+        self.every = 1 if self.decoder is None else steps_between_looks(self.device)
 
     def begin(self, rows: Ints, which: Ints) -> Tensor:
         """Read the prompts of some responses into rows: hidden states [n, D] of their last ids."""
@@ -137,33 +137,38 @@ class _Responses:
         Returns:
             The last draw, and which responses go on, bool [n].
         """
-        here = torch.from_numpy(which).to(hidden.device)
-        step = torch.from_numpy(self.count[which]).to(hidden.device)
-        mask = None if self.mask is None else self.mask[here]
+        keys = self.keys(which)
+        key = to_device(keys.view(np.int64), self.device)
+        mask = None if self.mask is None else self.mask[to_device(which, self.device)]
         waiting: list[Drawn] = []
-        for later in range(min(self.every, self.longest - int(self.count[which].min()))):
+        for draw in range(keys.shape[1]):
             if waiting:
                 assert self.decoder is not None
                 hidden = self.decoder.append(waiting[-1].action, rows)
-            key = self.key[here, (step + later).clamp(max=self.longest - 1)]
-            waiting.append(self.policy._draw(hidden, key, mask))
+            waiting.append(self.policy._draw(hidden, key[:, draw], mask))
         return waiting[-1], self._note(to_host(waiting), which)
+
+    def keys(self, which: Ints) -> NDArray[np.uint64]:
+        """Keys [n, k] of the next draws, until the host looks again."""
+        count = self.count[which]
+        draws = min(self.every, self.longest - int(count.min()))
+        at = np.minimum(count[:, None] + np.arange(draws), self.longest - 1)
+        return self.bits[which[:, None], at]
 
     def _note(self, got: ActResult, which: Ints) -> NDArray[np.bool_]:
         """Write down k draws [k, n]; returns which responses go on."""
-        draws = len(got.action)
-        at = self.count[which] + np.arange(draws)[:, None]  # [k, n]
-        ends = np.isin(got.action, self.stop) | (at >= self.longest - 1)
-        staying = ~np.asarray(ends.any(0), np.bool_)
-        kept = np.where(staying, draws, ends.argmax(0) + 1)
-        real = np.arange(draws)[:, None] < kept
-        row = np.broadcast_to(which, at.shape)[real]
-        column = at[real]
-        self.tokens[row, column] = got.action[real]
-        self.logprob[row, column] = got.logprob[real]
-        self.value[row, column] = got.value[real]
-        self.buffer[row, self.length[row] + column] = got.action[real]
-        self.count[which] += kept
+        staying = np.ones(len(which), np.bool_)
+        for action, logprob, value in zip(*got, strict=True):
+            row = which[staying]
+            at = self.count[row]
+            taken = action[staying]
+            self.tokens[row, at] = taken
+            self.logprob[row, at] = logprob[staying]
+            self.value[row, at] = value[staying]
+            self.buffer[row, self.length[row] + at] = taken
+            self.count[row] = at + 1
+            ended = (taken[:, None] == self.stop).any(1) | (at + 1 >= self.longest)
+            staying[staying] = ~ended
         return staying
 
     def follow(
@@ -210,11 +215,9 @@ class _GraphResponses(_Responses):
     def draw(
         self, hidden: Tensor, rows: Ints, which: Ints
     ) -> tuple[Drawn | None, NDArray[np.bool_]]:
-        count, position = self.count[which], self.length[which] + self.count[which] - 1
-        draws = min(self.every, self.longest - int(count.min()))
-        at = np.minimum(count[:, None] + np.arange(draws), self.longest - 1)
-        token, key = self.buffer[which, position], self.bits[which[:, None], at]
-        got = self.graphs.write(rows, token, position, key, self.policy.sampler)
+        position = self.length[which] + self.count[which] - 1
+        token = self.buffer[which, position]
+        got = self.graphs.write(rows, token, position, self.keys(which), self.policy.sampler)
         return None, self._note(got, which)
 
     def follow(

@@ -76,11 +76,16 @@ def unpacked(host: NDArray[np.float64]) -> ActResult:
     Raises:
         FloatingPointError: When a log-probability or value is not finite.
     """
-    if not np.isfinite(host[1:]).all():
-        raise FloatingPointError(NOT_FINITE)
-    return ActResult(
+    return _checked(
         host[0].astype(np.int64), host[1].astype(np.float32), host[2].astype(np.float32)
     )
+
+
+def _checked(*fields: NDArray[Any]) -> ActResult:
+    found = ActResult(*fields)
+    if not (np.isfinite(found.logprob).all() and np.isfinite(found.value).all()):
+        raise FloatingPointError(NOT_FINITE)
+    return found
 
 
 def to_host(steps: list[Drawn]) -> ActResult:
@@ -89,6 +94,9 @@ def to_host(steps: list[Drawn]) -> ActResult:
     Raises:
         FloatingPointError: When a log-probability or value is not finite.
     """
+    if steps[0].action.device.type == "cpu":  # nothing is transferred, so nothing is packed
+        fields = zip(*((step.action, step.logprob, step.value) for step in steps), strict=True)
+        return _checked(*(torch.stack(field).numpy() for field in fields))
     return unpacked(torch.stack([packed(step) for step in steps], 1).cpu().numpy())
 
 
