@@ -32,6 +32,7 @@ from textgym.checkpoint import (
 )
 from textgym.learning import check_scored
 from textgym.logging import RunLogger
+from textgym.malloc import keep_freed_memory
 from textgym.metrics import rollout_metrics
 from textgym.parallel import any_of, gather, of_leader, shared, world
 from textgym.rollout import collect
@@ -135,6 +136,8 @@ class Run:
         self.leads = world().leads
         self.policy, self.config, self.parts = policy, config, dict(parts)
         policy.invalidate_cache()  # what it did before this run must not show in how it rounds
+        if policy.device.type == "cpu":
+            keep_freed_memory()
         self.tokenizer = None if task is None else task.tokenizer
         self.folder = None if folder is None else Path(folder).expanduser().absolute()
         shared(lambda: self._prepare(task))

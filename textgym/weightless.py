@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from textgym.malloc import LARGE
+
 if TYPE_CHECKING:
     from textgym.policies import CausalLMPolicy
 
@@ -29,8 +31,6 @@ FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 HOLES = 0.5
 """Bytes that malloc holds on a CPU beside a byte of tensors that come and go: holes that no block
 fits into, and what was freed. Measured 0.4 to 0.65 with glibc by `scripts/check_memory.py`."""
-LARGE = 1 << 25
-"""Bytes from which glibc's malloc has each block mapped for itself, and gives it back at once."""
 _VALUE = torch.ops.aten._local_scalar_dense.default
 _EQUALITIES = (torch.ops.aten.allclose.default, torch.ops.aten.equal.default)
 
