@@ -71,9 +71,9 @@ from textgym.rollout import PromptQueue, check_path, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.shaping import (
     Cut,
+    OldLogprob,
     kl_controller,
     learned_weights,
-    learners_logprob,
     measured_kl,
     reward_range,
     shape_rewards,
@@ -422,12 +422,12 @@ class GRPO:
             to_device(x, device)
             for x in (per_token, advantages, episodes.logprob, reference.logprob)
         )
-        old: Tensor | None = None
-        if steps * cfg.epochs > 1 or not self.policy.is_mixed:
-            old = to_device(learners_logprob(self.policy, episodes, cfg.microbatch), device)
+        old = OldLogprob(self.policy, episodes, cfg.microbatch, steps=steps)
         batch = _Batch(weight, advantage, logprob, old, theirs, reference.beta)
         tally = Tally()
         for epoch in range(cfg.epochs):
+            if epoch:
+                old.settle()
             order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)
             for part in np.array_split(order, steps):
                 tally.next_step()
@@ -462,7 +462,7 @@ class GRPO:
             new = self.policy.evaluate(sequences, entropy_gradient=cfg.ent_coef != 0)
             assert new.entropy is not None
             sampled = batch.logprob[tokens]
-            old = new.logprob.detach() if batch.old is None else batch.old[tokens]
+            old = batch.old.of(tokens, new.logprob)
             w = batch.weight[tokens] * truncated_importance(old, sampled, cfg.importance_cap)
             surrogate = clipped_surrogate_loss(
                 new.logprob,
@@ -523,8 +523,8 @@ class _Batch:
     advantage: Tensor
     logprob: Tensor
     """As sampled."""
-    old: Tensor | None
-    """As the learner has it before the update; None: what the first forward says."""
+    old: OldLogprob
+    """As the learner has it before the update."""
     reference: Tensor
     beta: float
     """Price of k3 in the loss."""

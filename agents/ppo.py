@@ -67,12 +67,12 @@ from textgym.rollout import PromptQueue, check_path, collect
 from textgym.runs import Result, Run, Stateful, evaluate_policy
 from textgym.shaping import (
     Cut,
+    OldLogprob,
     RewardScale,
     check_credit_fits,
     fit_scale,
     kl_controller,
     learned_weights,
-    learners_logprob,
     priced_rewards,
     reward_range,
 )
@@ -354,15 +354,18 @@ class PPO:
         per_token = steps * token_weights(
             episodes.offsets, weights, cfg.normaliser, self.task.max_new_tokens
         )
-        old = learners_logprob(self.policy, episodes, cfg.microbatch)
+        old = OldLogprob(self.policy, episodes, cfg.microbatch, steps=steps)
         batch = _Batch(
+            old,
             *(
                 to_device(x, device)
-                for x in (per_token, advantages, returns, episodes.logprob, old, episodes.value)
-            )
+                for x in (per_token, advantages, returns, episodes.logprob, episodes.value)
+            ),
         )
         tally, stop, taken, epoch = Tally(), False, 0, 0
         for epoch in range(cfg.epochs):
+            if epoch:
+                old.settle()
             order = generator(cfg.seed, _SHUFFLE, update, epoch).permutation(usable)
             for part in np.array_split(order, steps):
                 tally.next_step()
@@ -413,7 +416,7 @@ class PPO:
                 entropy_gradient=cfg.ent_coef != 0,
             )
             assert new.value is not None
-            sampled, old = batch.logprob[tokens], batch.old[tokens]
+            sampled, old = batch.logprob[tokens], batch.old.of(tokens, new.logprob)
             w = batch.weight[tokens] * truncated_importance(old, sampled, cfg.importance_cap)
             surrogate = clipped_surrogate_loss(
                 new.logprob, old, batch.advantage[tokens], w, clip_coef=cfg.clip_coef
@@ -464,11 +467,11 @@ class PPO:
 class _Batch:
     """What the losses need of each action token, float32 [M] on the policy's device."""
 
+    old: OldLogprob
+    """As the learner has it before the update."""
     weight: Tensor
     advantage: Tensor
     returns: Tensor
     logprob: Tensor
     """As sampled."""
-    old: Tensor
-    """As the learner has it before the update."""
     value: Tensor

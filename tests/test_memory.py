@@ -151,7 +151,8 @@ def test_settings_that_save_memory_do(monkeypatch: pytest.MonkeyPatch) -> None:
     again = predicted(SHAPES["llama"], task, gradient_checkpointing=True)
     assert again.activations < plain.activations / 3
     half = predicted(SHAPES["llama"], task, compute_dtype="bfloat16")
-    assert half.activations < 0.75 * plain.activations and 2 * half.cache == plain.cache
+    # Norms and attention stay float32.
+    assert half.activations < 0.85 * plain.activations and 2 * half.cache == plain.cache
     chunk = predicted(SHAPES["llama"], task, vocab_size=5000, logit_chunk=1)
     whole = predicted(SHAPES["llama"], task, vocab_size=5000)
     assert whole.probabilities > 64 * 24 * 5000 * 4 > 10 * chunk.probabilities
@@ -170,7 +171,8 @@ def test_the_widest_forward_is_one_that_microbatches_makes() -> None:
     task = replace(work(), prompts=prompts, responses=np.full(8, 2), microbatch=3)
     chosen, forwards = task.widest(8)
     lengths = prompts + 2
-    like: Any = type("Like", (), {"starts": np.concatenate([[0], np.cumsum(lengths)])})
+    fields = {"starts": np.concatenate([[0], np.cumsum(lengths)]), "prompt_length": prompts}
+    like: Any = type("Like", (), fields | {"group": np.arange(8) // task.group_size})
     parts = list(microbatches(np.arange(8), like, 3))
     assert forwards == len(parts) > 1
     cost = [len(part) * lengths[part].max() for part in parts]

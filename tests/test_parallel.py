@@ -42,6 +42,7 @@ from textgym.logging import read_metrics
 from textgym.policies import CausalLMPolicy, random_causal_lm
 from textgym.rewards import as_reward
 from textgym.rollout import collect
+from textgym.shaping import OldLogprob
 from textgym.task import Task
 from textgym.tokens import symbol_tokenizer
 from textgym.vector import TextGenVectorEnv
@@ -200,6 +201,18 @@ def skipped_step(rank: int) -> tuple[torch.Tensor, int]:
     return weights(policy), optimizer.skipped
 
 
+def first_forwards(rank: int) -> torch.Tensor:
+    """Log-probabilities of which each process has computed half."""
+    policy = make_policy()
+    policy.compute_dtype = torch.bfloat16
+    episodes = collect(make_policy(), make_envs(), 4, seed=3)
+    old = OldLogprob(policy, episodes, None, steps=1)
+    mine = torch.arange(rank, episodes.num_tokens, 2)
+    assert torch.equal(old.of(mine, -mine.float()), -mine.float())
+    old.settle()
+    return old.of(torch.arange(episodes.num_tokens), torch.zeros(episodes.num_tokens))
+
+
 def weights_loss(policy: CausalLMPolicy) -> torch.Tensor:
     return torch.stack([p.square().sum() for p in policy.parameters()]).sum()
 
@@ -219,6 +232,7 @@ def child(rank: int, folder: Path) -> None:
         failure(lambda: SB3PPO(make_policy(), make_envs(mode="SameStep"))),
     ]
     done["skipped"] = skipped_step(rank)
+    done["first forwards"] = first_forwards(rank)
     done["command"] = command(folder / "command")  # which parts from the other at its end
     assert parallel.world().size == 1
     parallel.start(init_method=f"file://{folder}/meet-again", timeout_minutes=4)
@@ -338,6 +352,12 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(two: lis
     for rank in range(2):
         found, skipped = two[rank]["skipped"]
         assert torch.equal(found, weights(make_policy())) and skipped == 1
+
+
+def test_each_process_learns_what_the_first_forwards_of_the_other_said(two: list[Any]) -> None:
+    for found in two:
+        old = found["first forwards"]
+        assert len(old) > 8 and torch.equal(old, -torch.arange(len(old)).float())
 
 
 def test_the_command_is_one_run_that_the_first_process_reports(

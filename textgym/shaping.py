@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 from textgym.credit import Credit, assign_credit
 from textgym.kl import AdaptiveKL, FixedKL, KLController, k1, kl_per_response
-from textgym.learning import check_scored, microbatches
-from textgym.parallel import deal, total
+from textgym.learning import check_scored, microbatches, to_device
+from textgym.parallel import deal, total, world
 from textgym.returns import FloatArray, episode_sums
 from textgym.rollout import collect
 
@@ -264,17 +264,47 @@ def score_actions(policy: CausalLMPolicy, episodes: Episodes, size: int | None) 
     return total(mine)
 
 
-def learners_logprob(
-    policy: CausalLMPolicy, episodes: Episodes, size: int | None
-) -> FloatArray | NDArray[np.float32]:
-    """Log-probability of every action token before an update, [M]: what its ratios are to.
+class OldLogprob:
+    """Log-probability of every action token before an update: what its ratios are to.
 
     That is what was sampled with, unless the sampler computes in another precision than the
-    learner: then ratios to it would differ from 1 before anything was learned.
+    learner: then ratios to it would differ from 1 before anything was learned. The learner's own
+    are computed beforehand, or, where the first pass is a single step, taken from its forwards,
+    which come before any change of the weights.
     """
-    if policy.is_mixed:
-        return score_actions(policy, episodes, size)
-    return episodes.logprob
+
+    def __init__(
+        self, policy: CausalLMPolicy, episodes: Episodes, size: int | None, *, steps: int
+    ) -> None:
+        """Score the episodes, unless that can wait.
+
+        Args:
+            policy: What learns.
+            episodes: M action tokens.
+            size: Sequences in one forward.
+            steps: Gradient steps of a pass over the batch.
+        """
+        self._waits = policy.is_mixed and steps == 1
+        found: Any = episodes.logprob
+        if self._waits:
+            found = np.zeros(episodes.num_tokens)
+        elif policy.is_mixed:
+            found = score_actions(policy, episodes, size)
+        self._logprob = to_device(found, policy.device)
+
+    def of(self, tokens: Tensor, now: Tensor) -> Tensor:
+        """Those of some tokens [m], whose log-probabilities are `now`; no gradient."""
+        if self._waits:
+            self._logprob[tokens] = now.detach()
+        return self._logprob[tokens]
+
+    def settle(self) -> None:
+        """Hold on to what the first pass said; to be called before a second."""
+        if self._waits:
+            self._waits = False
+            if world().size > 1:  # another process may have those tokens in the next pass
+                whole = total(self._logprob.cpu().numpy())
+                self._logprob = to_device(whole, self._logprob.device)
 
 
 def exact_kl(

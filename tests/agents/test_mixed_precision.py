@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from textgym.agents import GRPO, PPO, REINFORCE, GRPOConfig, PPOConfig, REINFORCEConfig
 from textgym.policies import CausalLMPolicy
+from textgym.shaping import OldLogprob, score_actions
 
 AGENTS = {
     "PPO": (PPO, PPOConfig),
@@ -48,29 +50,61 @@ def test_it_learns_and_says_how_far_sampler_and_learner_are_apart(
     assert "sampler/gap" not in exact.learn(total_tokens=60, quiet=True).history[0]
 
 
-def test_one_step_and_several_compare_with_the_same(make_envs: Any, make_policy: Any) -> None:
-    """A single step takes its own first forward; several score the batch before."""
+@pytest.mark.parametrize("name", ["PPO", "GRPO"])
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_ratios_are_to_what_a_forward_before_the_update_says(
+    name: str,
+    minibatches: int,
+    make_envs: Any,
+    make_policy: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a pass is one step, the first pass says it; its forwards are cut at random."""
+    agent, config = AGENTS[name]
+    policy = sharp(make_policy, compute_dtype="bfloat16")
+    gaps, passes = [], []
+
+    class Compared(OldLogprob):
+        def __init__(self, policy: Any, episodes: Any, size: int | None, *, steps: int) -> None:
+            self.wanted = score_actions(policy, episodes, size)
+            self.sampled = episodes.logprob
+            self.forwards: list[int] = []
+            evaluate = policy.evaluate
+
+            def counted(batch: Any, **options: Any) -> Any:
+                self.forwards.append(len(batch.ids))
+                return evaluate(batch, **options)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(policy, "evaluate", counted)
+                super().__init__(policy, episodes, size, steps=steps)
+
+        def settle(self) -> None:
+            super().settle()
+            gaps.append(np.abs(self._logprob.numpy() - self.wanted).max())
+            gaps.append(np.abs(self._logprob.numpy() - self.sampled).max())
+            passes.append(sum(self.forwards))
+
+    monkeypatch.setattr(sys.modules[agent.__module__], "OldLogprob", Compared)
+    sizes = {"epochs": 3, "minibatches": minibatches, "microbatch": 5}
+    more = {"group_size": 4} if name == "GRPO" else {}
+    learner = agent(policy, make_envs(), config(**SMALL, **sizes, **more, lr=1e-2))
+    history = learner.learn(total_tokens=100, quiet=True).history
+    assert len(gaps) == 2 * 2 * len(history)
+    assert max(gaps[::2]) < 1e-6  # of what a forward before the update says
+    assert min(gaps[1::2]) > 1e-4  # of what was sampled with
+    assert set(passes) == {0 if minibatches == 1 else 16}
+    assert all(line["ppo/clip_fraction"] > 0 for line in history)  # later passes do compare with it
+
+
+def test_one_step_compares_with_itself(make_envs: Any, make_policy: Any) -> None:
+    """What it compares with is no part of the graph: the gradient is not zero."""
     start = sharp(make_policy, compute_dtype="bfloat16")
-    weights = []
-    for epochs in (1, 2):
-        policy = copy.deepcopy(start)
-        agent = GRPO(policy, make_envs(), GRPOConfig(**SMALL, group_size=4, epochs=epochs))
-        if epochs == 2:  # the same single step by the other way
-            step, done = agent.optimizer.step, []
-
-            def once(loss: Any, step: Any = step, done: Any = done, agent: Any = agent) -> Any:
-                done.append(loss)
-                if len(done) == 1:
-                    return step(loss)
-                agent.optimizer.zero_grad()
-                return torch.zeros(())
-
-            agent.optimizer.step = once
-        agent.learn(total_tokens=1, quiet=True)
-        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
-    moved = torch.cat([p.detach().flatten() for p in start.parameters()])
-    assert not torch.equal(weights[0], moved)
-    assert torch.allclose(weights[0], weights[1], atol=1e-6)
+    policy = copy.deepcopy(start)
+    agent = GRPO(policy, make_envs(), GRPOConfig(**SMALL, group_size=4))
+    history = agent.learn(total_tokens=1, quiet=True).history
+    assert history[0]["ppo/first_ratio_error"] == 0.0
+    assert history[0]["optim/grad_norm"] > 0.0
 
 
 def test_importance_weights_are_those_of_sampler_and_learner(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from textgym.episodes import SequenceBatch
-from textgym.policies import CausalLMPolicy, cpu_attention, joined_step
+from textgym.policies import CausalLMPolicy, backbone, cpu_attention, joined_step
 
 VOCAB = 61
 
@@ -130,6 +132,84 @@ def test_products_attend_where_one_query_a_row_does(
     policy.generate(obs, np.arange(4), max_new_tokens=3, stop_ids=())
     assert called == [1] * 3 * 3  # layers, steps; the first from the cache
     assert policy.config._attn_implementation == before == "sdpa"
+
+
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    gaps = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
+    return float((gaps / sum(float(g.square().sum()) for g in wanted.values())) ** 0.5)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 3])
+def test_learning_in_bfloat16_attends_in_float32_on_a_cpu(
+    make_model: Callable[..., Any],
+    batch: SequenceBatch,
+    groups: int,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With grouped queries and with a mask; log-probabilities and gradient are no less exact."""
+    model = make_model(num_heads=4, num_kv_heads=groups)
+    if window is not None:  # the same weights
+        config = MistralConfig(**model.config.to_dict() | {"sliding_window": window})
+        model, weights = MistralForCausalLM(config), model.state_dict()
+        model.load_state_dict(weights)
+        assert model.config._attn_implementation == "sdpa"
+    exact = CausalLMPolicy(copy.deepcopy(model), device="cpu")
+    theirs, want = exact.evaluate(batch).logprob.detach(), gradient(exact, batch)
+    policy = CausalLMPolicy(model, device="cpu", compute_dtype="bfloat16")
+    dtypes = record_attention(monkeypatch)
+    gaps, errors = [], []
+    for _ in range(2):
+        gaps.append(float((policy.evaluate(batch).logprob.detach() - theirs).norm()))
+        errors.append(distance(gradient(policy, batch), want))
+        used, masked = zip(*dtypes, strict=True)
+        assert used == ((torch.float32 if len(errors) == 1 else torch.bfloat16,) * 3,) * 6
+        assert masked == (window is not None,) * 6
+        dtypes.clear()
+        monkeypatch.setattr(backbone, "cpu_attention", lambda *_, **__: nullcontext())
+    assert 0 < gaps[0] < 1.5 * gaps[1]  # mostly less; what else is bfloat16 makes it vary
+    assert 0 < errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_layers_computed_again_attend_in_float32_too(
+    make_model: Callable[..., Any],
+    family: str,
+    batch: SequenceBatch,
+    lora: int | None,
+    weights: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if lora:
+        pytest.importorskip("peft")
+    policy = CausalLMPolicy(
+        make_model(family).to(weights),
+        device="cpu",
+        compute_dtype="bfloat16" if weights == torch.float32 else None,
+        lora=lora,
+        gradient_checkpointing=True,
+    )
+    dtypes = record_attention(monkeypatch)
+    assert gradient(policy, batch)
+    assert dtypes == [((torch.float32,) * 3, False)] * 2 * 3  # both times, in each layer
+    assert policy.config._attn_implementation == "sdpa"
+
+
+def record_attention(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the fused attention computes in, and whether it gets a mask, at each call."""
+    calls: list[Any] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+        cast = torch.is_autocast_enabled("cpu")  # to this dtype, before anything is computed
+        used = tuple(torch.bfloat16 if cast else x.dtype for x in inputs)
+        calls.append((used, options["attn_mask"] is not None))
+        return attend(*inputs, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    return calls
 
 
 def test_adapters_are_followed_and_a_reference_leaves_them_off(

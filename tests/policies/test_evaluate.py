@@ -11,11 +11,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from textgym.episodes import SequenceBatch
-from textgym.policies import CausalLMPolicy, Evaluation
-from textgym.policies.scoring import BLOCK_BYTES
+from textgym.policies import CausalLMPolicy, Evaluation, scoring
 
 VOCAB = 61
 M = 11
+
+
+def use_blocks(tokens: int, patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(scoring.BLOCK_BYTES, "cpu", tokens * 4 * VOCAB)
+    patch.setattr(scoring, "BLOCK_TOKENS", 1)
 
 
 def random_mask(batch: SequenceBatch, share: float = 0.3) -> torch.Tensor:
@@ -86,7 +90,7 @@ def test_blocks_change_neither_loss_nor_gradient(
     whole = loss_and_gradient(policy, batch)
     assert whole[1].isfinite().all() and whole[1].abs().max() > 0
     policy.logit_chunk = 3
-    monkeypatch.setitem(BLOCK_BYTES, "cpu", block * 4 * VOCAB)
+    use_blocks(block, monkeypatch)
     parts = loss_and_gradient(policy, batch)
     assert parts[0] == pytest.approx(whole[0], abs=1e-5)
     assert torch.allclose(parts[1], whole[1], atol=1e-4)
@@ -95,7 +99,7 @@ def test_blocks_change_neither_loss_nor_gradient(
 def test_no_more_probabilities_are_kept_than_asked_for(
     policy: CausalLMPolicy, batch: SequenceBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(BLOCK_BYTES, "cpu", 2 * 4 * VOCAB)  # blocks of two tokens
+    use_blocks(2, monkeypatch)
     kept: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -230,7 +234,7 @@ class TestKl:
             theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="none"
         ).sum(-1)
         for block in (4, 2048):
-            monkeypatch.setitem(BLOCK_BYTES, "cpu", block * 4 * VOCAB)
+            use_blocks(block, monkeypatch)
             found = policy.kl(other, batch)
             assert not found.requires_grad and found.dtype == torch.float32
             assert torch.allclose(found.double(), expected, atol=1e-4, rtol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +17,7 @@ from torch.nn.utils import skip_init
 from textgym.policies.acting_copy import ActingCopy
 from textgym.policies.cache_support import make_slot_decoder
 from textgym.policies.checkpointing import computed_again
+from textgym.policies.cpu_attention import cpu_attention
 from textgym.policies.cpu_linear import use_onednn
 from textgym.policies.loading import (
     add_lora,
@@ -162,10 +164,13 @@ class Backbone(nn.Module):
         """
         # A mask of ones changes nothing; without one some models look for padding ids and warn.
         ones = torch.ones_like(ids)
+        base = self._core.base_model
+        half = torch.bfloat16 in (self.compute_dtype, self._core.dtype)
+        attending = partial(cpu_attention, base, applies=half)
         again = self.gradient_checkpointing and torch.is_grad_enabled()
-        layers = computed_again(self._core) if again else nullcontext()
-        with self._autocast(), layers:
-            hidden: Tensor = self._core.base_model(
+        layers = computed_again(self._core, attending) if again else nullcontext()
+        with self._autocast(), attending(), layers:
+            hidden: Tensor = base(
                 input_ids=ids, attention_mask=ones, use_cache=False
             ).last_hidden_state
         return hidden

@@ -6,7 +6,7 @@ That of transformers works in training mode only, which would bring dropout with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def computed_again(model: nn.Module) -> Iterator[None]:
+def computed_again(
+    model: nn.Module, within: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
     """Let each layer keep its inputs only, and compute the rest again in the backward pass.
 
     Chen et al. 2016, "Training deep nets with sublinear memory cost".
+
+    Args:
+        model: Whose layers.
+        within: Makes what a layer is computed in, both times: by the second, what surrounded the
+            first is long left.
 
     Raises:
         ValueError: The model has no layers that transformers marks as fit for it.
@@ -32,7 +39,12 @@ def computed_again(model: nn.Module) -> Iterator[None]:
             "for it; leave it out"
         )
     for layer in layers:
-        layer.forward = _twice(layer.forward)
+        layer.forward = partial(
+            checkpoint,
+            _inside(within, layer.forward),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
     try:
         yield
     finally:
@@ -40,5 +52,11 @@ def computed_again(model: nn.Module) -> Iterator[None]:
             del layer.forward  # that of its class is back
 
 
-def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+def _inside(
+    within: Callable[[], AbstractContextManager[None]], forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with within():
+            return forward(*args, **kwargs)
+
+    return run

@@ -25,6 +25,8 @@ Logits = Callable[[Tensor], Tensor]
 
 BLOCK_BYTES = {"cpu": 1 << 25, "cuda": 1 << 28}
 """Float32 logits of one block: on a CPU they should stay in its caches."""
+BLOCK_TOKENS = 256
+"""A block has at least so many tokens: products with fewer take longer than caches save."""
 KEPT_BYTES = 1 << 30
 """Float32 probabilities that are kept for the backward pass where nothing else is asked for."""
 
@@ -189,7 +191,8 @@ def _masked(z: Tensor, mask: Tensor | None) -> Tensor:
 def _blocks(hidden: Tensor, vocab_size: int, border: int | None = None) -> Iterator[slice]:
     """Slices of M tokens, none across the border; one empty slice for nothing, to keep types."""
     count, device = len(hidden), hidden.device.type
-    size = max(1, BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]) // (4 * vocab_size))
+    size = BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]) // (4 * vocab_size)
+    size = max(BLOCK_TOKENS, size)
     borders = [0, count] if border is None or border >= count else [0, border, count]
     for first, last in itertools.pairwise(borders):
         for begin in range(first, max(last, 1), size):
