@@ -13,6 +13,7 @@ from textgym.episodes import Episodes
 from textgym.learning import (
     FORWARD_LIMIT,
     FORWARD_TOKENS,
+    SHARED_LIMIT,
     GuardedOptimizer,
     NonFiniteError,
     UnscoredError,
@@ -117,9 +118,9 @@ def test_microbatches_are_a_partition(chosen: set[int], size: int | None) -> Non
     size=st.one_of(st.none(), st.integers(1, 4)),
 )
 def test_no_split_of_the_sorted_sequences_is_cheaper(lengths: list[int], size: int | None) -> None:
-    ragged = SimpleNamespace(starts=np.concatenate([[0], np.cumsum(lengths)]))
     number = len(lengths)
-    parts = list(microbatches(np.arange(number), ragged, size))  # type: ignore[arg-type]
+    ragged = like(lengths, [0] * number, range(number))
+    parts = list(microbatches(np.arange(number), ragged, size))
     assert sorted(np.concatenate(parts).tolist()) == list(range(number))
 
     def cost(split: list[list[int]]) -> int:
@@ -137,9 +138,69 @@ def test_no_split_of_the_sorted_sequences_is_cheaper(lengths: list[int], size: i
 
 
 def test_too_many_tokens_are_split_evenly() -> None:
-    alike = SimpleNamespace(starts=np.arange(65) * 80)
-    parts = list(microbatches(np.arange(64), alike, None))  # type: ignore[arg-type]
+    alike = like([80] * 64, [16] * 64, range(64))
+    parts = list(microbatches(np.arange(64), alike, None))
     assert [len(part) for part in parts] == [32, 32]
+
+
+@given(
+    groups=st.lists(
+        st.tuples(st.integers(1, 1500), st.lists(st.integers(1, 400), min_size=1, max_size=4)),
+        min_size=1,
+        max_size=3,
+    ),
+    size=st.one_of(st.none(), st.integers(1, 4)),
+)
+def test_no_split_of_the_groups_is_cheaper(
+    groups: list[tuple[int, list[int]]], size: int | None
+) -> None:
+    rows = [(g, prompt, n) for g, (prompt, rests) in enumerate(groups) for n in rests]
+    rows = [rows[k] for k in np.random.default_rng(len(rows)).permutation(len(rows))]
+    number = len(rows)
+    group, prompt, rest = np.array(rows).T
+    parts = list(microbatches(np.arange(number), like(prompt + rest, prompt, group), size))
+    assert sorted(np.concatenate(parts).tolist()) == list(range(number))
+
+    def tokens(part: Any, *, shared: bool) -> int:
+        whole = len(part) * int((prompt + rest)[part].max())
+        if not shared:
+            return whole
+        longest, after = int(prompt[part].max()), int(rest[part].max())
+        split = len(set(group[part])) * longest + len(part) * after + FORWARD_TOKENS
+        return min(whole, split) if len(part) * (longest + after) <= SHARED_LIMIT else whole
+
+    def cost(split: list[Any], *, shared: bool) -> float:
+        return sum(FORWARD_TOKENS + tokens(part, shared=shared) for part in split)
+
+    last = {g: max(r[1] + r[2] for r in rows if r[0] == g) for g in set(group)}
+    best = math.inf
+    by_length = sorted(range(number), key=lambda k: -(prompt + rest)[k])
+    by_group = sorted(range(number), key=lambda k: (-last[group[k]], group[k], -rest[k]))
+    for order, shared in ((by_length, False), (by_group, True)):
+        for cuts in itertools.product([False, True], repeat=number - 1):
+            ends = [0, *(k + 1 for k, cut in enumerate(cuts) if cut), number]
+            split = [order[a:b] for a, b in itertools.pairwise(ends)]
+            fits = all(len(p) == 1 or tokens(p, shared=shared) <= FORWARD_LIMIT for p in split)
+            if fits and (size is None or max(map(len, split)) <= size):
+                best = min(best, cost(split, shared=shared))
+    assert min(cost(parts, shared=True), cost(parts, shared=False)) <= best
+
+
+def test_long_prompts_keep_groups_together() -> None:
+    order = np.random.default_rng(0).permutation(64)
+    groups = np.arange(64) // 8
+    parts = list(microbatches(order, like([640] * 64, [512] * 64, groups), None))
+    assert [sorted(set(groups[part].tolist())) for part in parts] == [
+        [0, 1], [2, 3], [4, 5], [6, 7]
+    ]  # fmt: skip
+
+
+def like(lengths: Any, prompts: Any, groups: Any) -> Any:
+    """What `microbatches` reads of episodes."""
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return SimpleNamespace(
+        starts=starts, prompt_length=np.array(prompts), group=np.array(list(groups))
+    )
 
 
 def test_learning_rate_by_hand() -> None:

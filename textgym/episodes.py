@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import torch
 
+FORWARD_TOKENS = 256
+"""Padding that a forward of its own is worth: what one costs beside its tokens, in tokens."""
+
 
 @dataclass(frozen=True)
 class SequenceBatch:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textgym.episodes import FORWARD_TOKENS
 from textgym.parallel import sum_gradients
 from textgym.returns import IntArray, check_unit
 
@@ -180,41 +181,85 @@ def check_above_0(config: Any, *names: str) -> None:
 # ------------------------------------------------------------------------------------ forwards
 
 
-FORWARD_TOKENS = 256
-"""Padding that a forward of its own is worth: what one costs beside its tokens, in tokens."""
 FORWARD_LIMIT = 4096
 """Padded tokens that one forward holds at most, unless a single sequence is longer."""
+SHARED_LIMIT = 4 * FORWARD_LIMIT
+"""The same with a shared prompt counted for each sequence that begins with it."""
 
 
 def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Iterator[IntArray]:
-    """Split episodes into forwards of at most `size` sequences, each of similar lengths.
+    """Split episodes into forwards of at most `size` sequences.
 
-    Sorted by length, the split is the one that costs least: the padded tokens of all forwards, and
-    `FORWARD_TOKENS` for each. Few tokens, or all of one length, are one forward, as long as they
-    are no more than `FORWARD_LIMIT`: beyond that nothing is faster and all takes more memory.
+    In order of length, or of groups where these share their prompts (a forward computes a prompt
+    once, see `textgym.policies.shared_prompts`), the split is the one that costs least: the padded
+    tokens of all forwards, and `FORWARD_TOKENS` for each. Few tokens, or all of one length, are one
+    forward, as long as they are no more than `FORWARD_LIMIT`: beyond that nothing is faster and all
+    takes more memory.
     """
     count = len(indices)
     if not count:
         return
     lengths = np.diff(episodes.starts)[indices]
-    order = np.argsort(-lengths, kind="stable")
-    longest = lengths[order]
     widest = count if size is None else size
+    order = np.argsort(-lengths, kind="stable")
+    cost, ends = _cheapest_split(lengths[order], widest)
+    names, group = np.unique(episodes.group[indices], return_inverse=True)
+    if len(names) < count:
+        longest = np.zeros(len(names), np.int64)
+        np.maximum.at(longest, group, lengths)
+        grouped = np.lexsort((-lengths, group, -longest[group]))
+        prompts = (episodes.prompt_length[indices][grouped], group[grouped])
+        shared, ends_shared = _cheapest_split(lengths[grouped], widest, prompts)
+        if shared < cost:
+            order, ends = grouped, ends_shared
+    for first, last in itertools.pairwise(ends):
+        yield indices[order[first:last]] if len(ends) > 2 else indices
+
+
+def _cheapest_split(
+    lengths: IntArray, widest: int, prompts: tuple[IntArray, IntArray] | None = None
+) -> tuple[float, list[int]]:
+    """Cut a row of sequences into forwards at the least cost.
+
+    Args:
+        lengths: Of the sequences [n].
+        widest: The most sequences of a forward.
+        prompts: Lengths of their prompts [n] and their groups [n], whose members stand together;
+            None: prompts are not shared.
+
+    Returns:
+        The cost in tokens, and where forwards end, from 0 to n.
+    """
+    count = len(lengths)
+    turns = np.zeros(count, np.int64)
+    if prompts is not None:
+        turns[1:] = np.cumsum(np.diff(prompts[1]) != 0)
     # cost[k]: the least cost of the first k; it ends with a forward of those from begin[k] on.
     cost, begin = np.zeros(count + 1), np.zeros(count + 1, np.int64)
     for k in range(1, count + 1):
         starts = np.arange(max(0, k - widest), k)
-        tokens = (k - starts) * longest[starts]
+        rows = k - starts
+        tokens = rows * _longest_since(lengths[starts])
+        if prompts is not None:
+            prompt = _longest_since(prompts[0][starts])
+            rest = _longest_since(lengths[starts] - prompts[0][starts])
+            shared = (turns[k - 1] - turns[starts] + 1) * prompt + rows * rest + FORWARD_TOKENS
+            fits = rows * (prompt + rest) <= SHARED_LIMIT  # what attention reads
+            tokens = np.where(fits, np.minimum(tokens, shared), tokens)
         costs = cost[starts] + tokens + FORWARD_TOKENS
         costs += 1e-6 * (tokens / FORWARD_LIMIT) ** 2  # of splits that cost the same, the even one
-        costs[(tokens > FORWARD_LIMIT) & (k - starts > 1)] = np.inf
+        costs[(tokens > FORWARD_LIMIT) & (rows > 1)] = np.inf
         best = int(costs.argmin())
         cost[k], begin[k] = costs[best], starts[best]
     ends = [count]
     while ends[-1]:
         ends.append(int(begin[ends[-1]]))
-    for first, last in itertools.pairwise(reversed(ends)):
-        yield indices[order[first:last]] if len(ends) > 2 else indices
+    return float(cost[-1]), ends[::-1]
+
+
+def _longest_since(lengths: IntArray) -> IntArray:
+    """The largest number from each place to the last."""
+    return np.maximum.accumulate(lengths[::-1])[::-1]
 
 
 def to_device(values: Any, device: torch.device) -> Tensor:

@@ -29,6 +29,7 @@ from textgym.policies.loading import (
     resolve_dtype,
 )
 from textgym.policies.logits import LogitHead
+from textgym.policies.shared_prompts import SharedPrompts, can_share
 from textgym.policies.slot_cache import SlotDecoder
 from textgym.policies.slot_store import Ints
 from textgym.policies.weight_watch import WeightWatch
@@ -56,6 +57,7 @@ class Backbone(nn.Module):
     _decoder: SlotDecoder | None
     _no_cache: bool
     _acting: ActingCopy | None
+    _sharing: bool | None
 
     def __init__(
         self,
@@ -164,16 +166,35 @@ class Backbone(nn.Module):
         """
         # A mask of ones changes nothing; without one some models look for padding ids and warn.
         ones = torch.ones_like(ids)
+        with self._learning():
+            hidden: Tensor = self._core.base_model(
+                input_ids=ids, attention_mask=ones, use_cache=False
+            ).last_hidden_state
+        return hidden
+
+    def _hidden_after(self, split: SharedPrompts, row: Tensor, column: Tensor) -> Tensor:
+        """Hidden states [M, D] at some places of sequences that share prompts."""
+        with self._learning():
+            return split.to(self.device).hidden(self._core.base_model, row, column)
+
+    def _shares_prompts(self) -> bool:
+        """Whether prompts that several sequences begin with may be computed once."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return False  # keys and values leave the layers by a way that it does not see
+        if self._sharing is None:
+            self._sharing = can_share(self._core.base_model, self.vocab_size)
+        return self._sharing
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """What forwards of whole sequences compute in."""
         base = self._core.base_model
         half = torch.bfloat16 in (self.compute_dtype, self._core.dtype)
         attending = partial(cpu_attention, base, applies=half)
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         layers = computed_again(self._core, attending) if again else nullcontext()
         with self._autocast(), attending(), layers:
-            hidden: Tensor = base(
-                input_ids=ids, attention_mask=ones, use_cache=False
-            ).last_hidden_state
-        return hidden
+            yield
 
     def _hidden_last(self, ids: Ints, length: Ints, rows: Ints) -> Tensor:
         """Hidden state [n, D] of each row's last token, through the slot cache where it works."""
@@ -217,6 +238,7 @@ class Backbone(nn.Module):
         self._decoder = None
         self._acting = None
         self._no_cache = False
+        self._sharing = None
 
     def invalidate_cache(self) -> None:
         """Forget all cached keys and values.
@@ -235,5 +257,5 @@ class Backbone(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache out of copies and pickles."""
         state = self.__dict__.copy()
-        state.update(_watch=None, _decoder=None, _acting=None, _no_cache=False)
+        state.update(_watch=None, _decoder=None, _acting=None, _no_cache=False, _sharing=None)
         return state

@@ -41,7 +41,7 @@ def make_slot_decoder(base: PreTrainedModel, vocab_size: int) -> SlotDecoder | s
         FloatingPointError: When the model's own hidden states are not finite.
     """
     config = base.config.get_text_config(decoder=True)
-    reason = _refuses(config)
+    reason = refuses(config)
     if reason is not None:
         return reason
     decoder = SlotDecoder(
@@ -85,8 +85,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float(difference.nan_to_num(nan=float("inf")))
 
 
-def _refuses(config: Any) -> str | None:
-    """Say what in the configuration the slot cache cannot serve."""
+def refuses(config: Any) -> str | None:
+    """Say what in the configuration a cache without windows cannot serve; None for nothing."""
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager"):
         return f'its attention is "{attention}", not "sdpa" or "eager" (see attn_implementation=)'

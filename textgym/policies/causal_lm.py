@@ -41,6 +41,7 @@ from textgym.policies.results import (
 )
 from textgym.policies.saving import read_settings, read_value_head, write_policy
 from textgym.policies.scoring import divergence, score_tokens
+from textgym.policies.shared_prompts import SharedPrompts
 from textgym.sampling import NEG_INF, Method, Sampler, check_action_mask, draw
 
 if TYPE_CHECKING:
@@ -332,7 +333,7 @@ class CausalLMPolicy(Backbone):
                 "leave top_k and top_p to play and evaluation"
             )
         with self._forward_mode():
-            hidden, action, mask = self._decisions(batch)
+            hidden, action, mask = self._decisions(batch, share=True)
             logprob, h = score_tokens(
                 hidden,
                 self._all_logits,
@@ -383,9 +384,9 @@ class CausalLMPolicy(Backbone):
                 f"reference: expected a vocabulary of {self.vocab_size}, got {reference.vocab_size}"
             )
         with self._forward_mode():
-            hidden, _, mask = self._decisions(batch)
+            hidden, _, mask = self._decisions(batch, share=True)
         with reference._forward_mode():
-            theirs, _, _ = reference._decisions(batch)
+            theirs, _, _ = reference._decisions(batch, share=True)
         temperature = self.temperature
 
         def reference_logits(some: Tensor) -> Tensor:
@@ -400,8 +401,13 @@ class CausalLMPolicy(Backbone):
             vocab_size=self.vocab_size,
         )
 
-    def _decisions(self, batch: SequenceBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Where the action tokens were drawn (hidden states [M, D]), their ids [M], their masks."""
+    def _decisions(
+        self, batch: SequenceBatch, *, share: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Where the action tokens were drawn (hidden states [M, D]), their ids [M], their masks.
+
+        With `share`, prompts that several sequences begin with are computed once where that pays.
+        """
         lengths, row, col = batch.lengths, batch.row, batch.col
         if len(row) and (int(col.min()) < 1 or bool((col >= lengths[row]).any())):
             raise ValueError(
@@ -422,10 +428,16 @@ class CausalLMPolicy(Backbone):
                     f"batch: action token {j} (id {int(action[j])}) is forbidden by its action mask"
                 )
             mask = mask.to(self.device, non_blocking=True)
+        split = SharedPrompts.of(batch) if share else None
+        if split is not None and not self._shares_prompts():
+            split = None
+        ids = ids[:, : max(1, width - 1)]  # nothing was drawn after the last token
         # All of it was looked at where it lay, on the host: nothing waits for an accelerator.
         ids, row, before, action = (
             x.to(self.device, non_blocking=True) for x in (ids, row, col - 1, action)
         )
+        if split is not None:
+            return self._hidden_after(split, row, before), action, mask
         return self._hidden_all(ids)[row, before], action, mask
 
     # ---------------------------------------------------------------- copies and files
