@@ -95,7 +95,11 @@ class Workload:
         """
         chosen = np.arange(min(count, len(self.prompts)))[::step]
         lengths = (self.prompts + self.responses)[chosen]
-        like: Any = SimpleNamespace(starts=np.concatenate([[0], np.cumsum(lengths)]))
+        like: Any = SimpleNamespace(
+            starts=np.concatenate([[0], np.cumsum(lengths)]),
+            prompt_length=self.prompts[chosen],
+            group=chosen // self.group_size,
+        )
         parts = list(microbatches(np.arange(len(lengths)), like, self.microbatch))
         widest = max(parts, key=lambda part: len(part) * int(lengths[part].max()))
         return chosen[widest], len(parts)
@@ -112,8 +116,10 @@ class Workload:
         row = np.repeat(np.arange(len(chosen)), responses)
         first = np.cumsum(responses) - responses
         col = np.arange(len(row)) - first[row] + prompts[row]
+        ids = np.zeros((len(chosen), int(lengths.max())), np.int64)
+        ids[:, 0] = chosen // self.group_size  # prompts of a group are the same, others differ
         return SequenceBatch(
-            ids=torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64),
+            ids=torch.from_numpy(ids),
             lengths=torch.from_numpy(lengths),
             row=torch.from_numpy(row),
             col=torch.from_numpy(col),
@@ -134,7 +140,7 @@ class Footprint:
     optimizer: int = 0
     """Adam's moments."""
     acting: int = 0
-    """Copy of the weights in the dtype that the policy acts in."""
+    """Copies of weights to act with: in another dtype, and joined (see `policies.joined_step`)."""
     cache: int = 0
     """Keys and values of all rows."""
     cache_shape: tuple[int, ...] = ()
@@ -229,7 +235,7 @@ class _Trial:
         before = live.now
         decoder = policy._slot_decoder()
         gc.collect()
-        found.acting = 0 if policy.compute_dtype is None else live.now - before
+        found.acting = live.now - before
         rows = np.arange(work.rows)
         length = np.resize(work.prompts, work.rows)
         last = length + work.budget - 1
@@ -290,7 +296,7 @@ class _Trial:
         found.forward = (batch.ids.shape[0], batch.ids.shape[1])
         before = live.now
         with policy._forward_mode():
-            hidden = policy._decisions(batch)
+            hidden = policy._decisions(batch, share=True)
         found.activations = live.now - before
         del hidden
 

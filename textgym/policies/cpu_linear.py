@@ -66,14 +66,10 @@ def use_onednn(model: nn.Module) -> None:
             module.__class__ = OneDNNLinear
 
 
-def product(
-    rows: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    """X W^T + b + residual of float32 rows [n, k] and a weight [m, k] on a CPU, by oneDNN."""
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X W^T + b of float32 rows [n, k] and a weight [m, k] on a CPU, by oneDNN."""
     operator = torch.ops.mkldnn._linear_pointwise
-    if residual is None:
-        return cast(Tensor, operator(rows, weight, bias, "none", [], ""))
-    return cast(Tensor, operator.binary(rows, residual, weight, bias, "add"))
+    return cast(Tensor, operator(rows, weight, bias, "none", [], ""))
 
 
 def _applies(*tensors: Tensor) -> bool:

@@ -2,9 +2,8 @@
 
 Most of a small model's step goes into starting its operations and into the Python between them.
 Here queries, keys and values are one product, and so are both halves of the gated MLP; the gains of
-the norms and the scale of the queries are in the joined weights, rotations come from a table, and
-residuals are added by the products. The keys and values are those that the model would have
-written, up to rounding.
+the norms and the scale of the queries are in the joined weights, and rotations come from a table.
+Keys and values are those that the model would have written, up to rounding.
 
 Shapes: n rows, H query heads, G key-value heads of size d, D hidden size, C columns.
 """
@@ -144,8 +143,9 @@ class JoinedStep:
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
     ) -> Tensor:
         if self._onednn and rows.numel() * len(weight) >= SMALLEST:
-            return product(rows, weight, bias, residual)
-        out = nn.functional.linear(rows, weight, bias)
+            out = product(rows, weight, bias)
+        else:
+            out = nn.functional.linear(rows, weight, bias)
         return out if residual is None else out.add_(residual)
 
     def _places(self, plan: Plan) -> tuple[Tensor, Tensor, Tensor | None]:
