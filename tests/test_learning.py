@@ -141,6 +141,9 @@ def test_too_many_tokens_are_split_evenly() -> None:
     alike = like([80] * 64, [16] * 64, range(64))
     parts = list(microbatches(np.arange(64), alike, None))
     assert [len(part) for part in parts] == [32, 32]
+    grouped = like([80] * 64, [16] * 64, np.arange(64) // 8)
+    parts = list(microbatches(np.arange(64), grouped, None))
+    assert [part.tolist() for part in parts] == [[*range(32)], [*range(32, 64)]]
 
 
 @given(
@@ -166,8 +169,9 @@ def test_no_split_of_the_groups_is_cheaper(
         if not shared:
             return whole
         longest, after = int(prompt[part].max()), int(rest[part].max())
-        split = len(set(group[part])) * longest + len(part) * after + FORWARD_TOKENS
-        return min(whole, split) if len(part) * (longest + after) <= SHARED_LIMIT else whole
+        split = len(set(group[part])) * longest + len(part) * after
+        fits = len(part) * (longest + after) <= SHARED_LIMIT
+        return split if fits and split + FORWARD_TOKENS < whole else whole
 
     def cost(split: list[Any], *, shared: bool) -> float:
         return sum(FORWARD_TOKENS + tokens(part, shared=shared) for part in split)

@@ -243,9 +243,10 @@ def _cheapest_split(
         if prompts is not None:
             prompt = _longest_since(prompts[0][starts])
             rest = _longest_since(lengths[starts] - prompts[0][starts])
-            shared = (turns[k - 1] - turns[starts] + 1) * prompt + rows * rest + FORWARD_TOKENS
-            fits = rows * (prompt + rest) <= SHARED_LIMIT  # what attention reads
-            tokens = np.where(fits, np.minimum(tokens, shared), tokens)
+            shared = (turns[k - 1] - turns[starts] + 1) * prompt + rows * rest
+            pays = shared + FORWARD_TOKENS < tokens
+            pays &= rows * (prompt + rest) <= SHARED_LIMIT  # what attention reads
+            tokens = np.where(pays, shared, tokens)
         costs = cost[starts] + tokens + FORWARD_TOKENS
         costs += 1e-6 * (tokens / FORWARD_LIMIT) ** 2  # of splits that cost the same, the even one
         costs[(tokens > FORWARD_LIMIT) & (rows > 1)] = np.inf
