@@ -153,7 +153,8 @@ class _Responses:
         count = self.count[which]
         draws = min(self.every, self.longest - int(count.min()))
         at = np.minimum(count[:, None] + np.arange(draws), self.longest - 1)
-        return self.bits[which[:, None], at]
+        bits: NDArray[np.uint64] = self.bits[which[:, None], at]
+        return bits
 
     def _note(self, got: ActResult, which: Ints) -> NDArray[np.bool_]:
         """Write down k draws [k, n]; returns which responses go on."""

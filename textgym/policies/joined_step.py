@@ -85,8 +85,9 @@ class JoinedStep:
         config: Any = base.config
         if config.hidden_act not in ("silu", "swish"):
             return False
+        layers: Any = base.layers
         joined = 0
-        for layer in base.layers:
+        for layer in layers:
             linears = {n: m for n, m in layer.named_modules() if n in _LINEARS}
             if any(type(m) not in (nn.Linear, OneDNNLinear) for m in linears.values()):
                 return False  # adapters, quantised weights

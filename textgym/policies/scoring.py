@@ -24,8 +24,8 @@ Logits = Callable[[Tensor], Tensor]
 """From hidden states [m, D] to tempered float32 logits [m, V]."""
 
 BLOCK_BYTES = {"cpu": 3 << 23, "cuda": 1 << 28}
-"""Float32 logits of one block: on a CPU they should stay in its caches, and be less than what malloc
-maps anew each time (`textgym.malloc.LARGE`), which costs a fault a page."""
+"""Float32 logits of one block: on a CPU they should stay in its caches, and be less than what
+malloc maps anew each time (`textgym.malloc.LARGE`), which costs a fault a page."""
 BLOCK_TOKENS = 256
 """A block has at least so many tokens: products with fewer take longer than caches save."""
 KEPT_BYTES = 1 << 30

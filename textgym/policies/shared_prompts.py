@@ -34,18 +34,18 @@ class SharedPrompts:
     is not forwarded: nothing was drawn after it.
 
     Attributes:
+        alike: Whether all prompts are of one length.
         prompts: int64 [P, L], right-padded.
         rest: int64 [B, S], right-padded.
         owner: int64 [B], the prompt of each sequence.
         begin: int64 [B], its length.
-        alike: Whether all prompts are of one length.
     """
 
+    alike: bool
     prompts: Tensor
     rest: Tensor
     owner: Tensor
     begin: Tensor
-    alike: bool
 
     @classmethod
     def of(cls, batch: SequenceBatch) -> SharedPrompts | None:
@@ -67,12 +67,12 @@ class SharedPrompts:
         after = np.where(inside, np.take_along_axis(ids, np.where(inside, offset, 0), 1), 0)
         prompts = np.where(np.arange(longest) < begin[leaders, None], ids[leaders, :longest], 0)
         alike = bool((begin == longest).all())
-        return cls(*(torch.from_numpy(x) for x in (prompts, after, owner, begin)), alike)
+        return cls(alike, *(torch.from_numpy(x) for x in (prompts, after, owner, begin)))
 
     def to(self, device: torch.device) -> SharedPrompts:
         """The same on a device."""
         fields = (self.prompts, self.rest, self.owner, self.begin)
-        return SharedPrompts(*(x.to(device, non_blocking=True) for x in fields), self.alike)
+        return SharedPrompts(self.alike, *(x.to(device, non_blocking=True) for x in fields))
 
     def hidden(self, base: PreTrainedModel, row: Tensor, column: Tensor) -> Tensor:
         """Hidden states [M, D] at some places [M] of the sequences, all on the model's device."""
@@ -172,7 +172,7 @@ def can_share(base: PreTrainedModel, vocab_size: int) -> bool:
     prompts = np.where(np.arange(4) < begin[::2, None], ids[::2, :4], 0)
     rest = ids[np.arange(4)[:, None], begin[:, None] + np.arange(2)]
     arrays = (prompts, rest, owner, begin)
-    trial = SharedPrompts(*(torch.from_numpy(x) for x in arrays), alike=False).to(base.device)
+    trial = SharedPrompts(False, *(torch.from_numpy(x) for x in arrays)).to(base.device)
     row, column = np.array([(0, 3), (0, 5), (1, 5), (2, 1), (2, 3), (3, 2)]).T
     places = torch.from_numpy(row).to(base.device), torch.from_numpy(column).to(base.device)
     try:
