@@ -408,7 +408,7 @@ class PPO:
         cfg, device = self.config, self.policy.device
         total = torch.zeros((), device=device)
         mine = minibatch[deal(np.diff(episodes.starts)[minibatch])]
-        for part in microbatches(mine, episodes, cfg.microbatch):
+        for part in microbatches(mine, episodes, cfg.microbatch, self.policy.forward_tokens):
             tokens = torch.from_numpy(episodes.tokens(part)).to(device, non_blocking=True)
             new = self.policy.evaluate(
                 episodes.batch(part),

@@ -348,7 +348,7 @@ class REINFORCE:
         tally, total = Tally(), torch.zeros((), device=device)
         tally.next_step()
         mine = usable[deal(np.diff(episodes.starts)[usable])]
-        for part in microbatches(mine, episodes, cfg.microbatch):
+        for part in microbatches(mine, episodes, cfg.microbatch, self.policy.forward_tokens):
             tokens = torch.from_numpy(episodes.tokens(part)).to(device, non_blocking=True)
             batch = episodes.batch(part)
             scored = self.policy.evaluate(batch, entropy_gradient=cfg.ent_coef != 0)

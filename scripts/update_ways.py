@@ -214,7 +214,7 @@ def selective(work: Work) -> None:
 
 def forwards(work: Work, size: int | None) -> None:
     """What the agents do: forwards of similar lengths, of at most `size` sequences."""
-    for part in microbatches(work.everything, work.episodes, size):
+    for part in microbatches(work.everything, work.episodes, size, work.policy.forward_tokens):
         tokens = torch.from_numpy(work.episodes.tokens(part)).to(work.device)
         scored = work.policy.evaluate(work.episodes.batch(part), entropy_gradient=False)
         work.backward(scored.logprob, tokens)

@@ -13,7 +13,6 @@ from textgym.episodes import Episodes
 from textgym.learning import (
     FORWARD_LIMIT,
     FORWARD_TOKENS,
-    SHARED_LIMIT,
     GuardedOptimizer,
     NonFiniteError,
     UnscoredError,
@@ -170,7 +169,7 @@ def test_no_split_of_the_groups_is_cheaper(
             return whole
         longest, after = int(prompt[part].max()), int(rest[part].max())
         split = len(set(group[part])) * longest + len(part) * after
-        fits = len(part) * (longest + after) <= SHARED_LIMIT
+        fits = len(part) * (longest + after) <= 4 * FORWARD_LIMIT
         return split if fits and split + FORWARD_TOKENS < whole else whole
 
     def cost(split: list[Any], *, shared: bool) -> float:

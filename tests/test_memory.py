@@ -171,7 +171,8 @@ def test_adapters_share_the_weights_and_train_few() -> None:
 def test_the_widest_forward_is_one_that_microbatches_makes() -> None:
     prompts = np.array([3, 3, 40, 5, 9, 9, 30, 4])
     task = replace(work(), prompts=prompts, responses=np.full(8, 2), microbatch=3)
-    chosen, forwards = task.widest(8)
+    policy: Any = type("Policy", (), {"forward_tokens": 4096})
+    chosen, forwards = task.widest(policy, 8)
     lengths = prompts + 2
     fields = {"starts": np.concatenate([[0], np.cumsum(lengths)]), "prompt_length": prompts}
     like: Any = type("Like", (), fields | {"group": np.arange(8) // task.group_size})

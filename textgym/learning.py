@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.episodes import FORWARD_TOKENS
+from textgym.episodes import FORWARD_LIMIT, FORWARD_TOKENS
 from textgym.parallel import sum_gradients
 from textgym.returns import IntArray, check_unit
 
@@ -181,20 +181,17 @@ def check_above_0(config: Any, *names: str) -> None:
 # ------------------------------------------------------------------------------------ forwards
 
 
-FORWARD_LIMIT = 4096
-"""Padded tokens that one forward holds at most, unless a single sequence is longer."""
-SHARED_LIMIT = 4 * FORWARD_LIMIT
-"""The same with a shared prompt counted for each sequence that begins with it."""
-
-
-def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Iterator[IntArray]:
+def microbatches(
+    indices: IntArray, episodes: Episodes, size: int | None, limit: int = FORWARD_LIMIT
+) -> Iterator[IntArray]:
     """Split episodes into forwards of at most `size` sequences.
 
     In order of length, or of groups where these share their prompts (a forward computes a prompt
     once, see `textgym.policies.shared_prompts`), the split is the one that costs least: the padded
     tokens of all forwards, and `FORWARD_TOKENS` for each. Few tokens, or all of one length, are one
-    forward, as long as they are no more than `FORWARD_LIMIT`: beyond that nothing is faster and all
-    takes more memory.
+    forward, as long as they are no more than `limit` (or a single sequence): beyond that nothing is
+    faster and all takes more memory. A shared prompt may count up to four times that, once for each
+    sequence that begins with it.
     """
     count = len(indices)
     if not count:
@@ -202,14 +199,14 @@ def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Ite
     lengths = np.diff(episodes.starts)[indices]
     widest = count if size is None else size
     order = np.argsort(-lengths, kind="stable")
-    cost, ends = _cheapest_split(lengths[order], widest)
+    cost, ends = _cheapest_split(lengths[order], widest, limit)
     names, group = np.unique(episodes.group[indices], return_inverse=True)
     if len(names) < count:
         longest = np.zeros(len(names), np.int64)
         np.maximum.at(longest, group, lengths)
         grouped = np.lexsort((-lengths, group, -longest[group]))
         prompts = (episodes.prompt_length[indices][grouped], group[grouped])
-        shared, ends_shared = _cheapest_split(lengths[grouped], widest, prompts)
+        shared, ends_shared = _cheapest_split(lengths[grouped], widest, limit, prompts)
         if shared < cost:
             order, ends = grouped, ends_shared
     for first, last in itertools.pairwise(ends):
@@ -217,13 +214,17 @@ def microbatches(indices: IntArray, episodes: Episodes, size: int | None) -> Ite
 
 
 def _cheapest_split(
-    lengths: IntArray, widest: int, prompts: tuple[IntArray, IntArray] | None = None
+    lengths: IntArray,
+    widest: int,
+    limit: int,
+    prompts: tuple[IntArray, IntArray] | None = None,
 ) -> tuple[float, list[int]]:
     """Cut a row of sequences into forwards at the least cost.
 
     Args:
         lengths: Of the sequences [n].
         widest: The most sequences of a forward.
+        limit: Its most tokens.
         prompts: Lengths of their prompts [n] and their groups [n], whose members stand together;
             None: prompts are not shared.
 
@@ -245,11 +246,11 @@ def _cheapest_split(
             rest = _longest_since(lengths[starts] - prompts[0][starts])
             shared = (turns[k - 1] - turns[starts] + 1) * prompt + rows * rest
             pays = shared + FORWARD_TOKENS < tokens
-            pays &= rows * (prompt + rest) <= SHARED_LIMIT  # what attention reads
+            pays &= rows * (prompt + rest) <= 4 * limit  # what attention reads
             tokens = np.where(pays, shared, tokens)
         costs = cost[starts] + tokens + FORWARD_TOKENS
-        costs += 1e-6 * (tokens / FORWARD_LIMIT) ** 2  # of splits that cost the same, the even one
-        costs[(tokens > FORWARD_LIMIT) & (rows > 1)] = np.inf
+        costs += 1e-6 * (tokens / limit) ** 2  # of splits that cost the same, the even one
+        costs[(tokens > limit) & (rows > 1)] = np.inf
         best = int(costs.argmin())
         cost[k], begin[k] = costs[best], starts[best]
     ends = [count]

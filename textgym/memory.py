@@ -83,10 +83,11 @@ class Workload:
     masks: bool = False
     """Whether tokens are forbidden."""
 
-    def widest(self, count: int, step: int = 1) -> tuple[IntArray, int]:
+    def widest(self, policy: CausalLMPolicy, count: int, step: int = 1) -> tuple[IntArray, int]:
         """The forward with the most padded tokens of those that `microbatches` makes of sequences.
 
         Args:
+            policy: Forwards them.
             count: How many of the sequences.
             step: Take one in so many of them.
 
@@ -100,7 +101,9 @@ class Workload:
             prompt_length=self.prompts[chosen],
             group=chosen // self.group_size,
         )
-        parts = list(microbatches(np.arange(len(lengths)), like, self.microbatch))
+        parts = list(
+            microbatches(np.arange(len(lengths)), like, self.microbatch, policy.forward_tokens)
+        )
         widest = max(parts, key=lambda part: len(part) * int(lengths[part].max()))
         return chosen[widest], len(parts)
 
@@ -272,9 +275,9 @@ class _Trial:
     def _score(self) -> None:
         """What is asked of the reference about a rollout."""
         work = self.work
-        self._compare(work.widest(len(work.prompts))[0], work, exact=False)
+        self._compare(work.widest(self.reference, len(work.prompts))[0], work, exact=False)
         if work.exact_kl:
-            self._compare(work.widest(work.exact_kl)[0], work, exact=True)
+            self._compare(work.widest(self.reference, work.exact_kl)[0], work, exact=True)
 
     @torch.no_grad()
     def _compare(self, chosen: IntArray, work: Workload, *, exact: bool) -> None:
@@ -291,7 +294,7 @@ class _Trial:
             before = live.now
             found.scoring = live.most(self._score).tensors - before
         count = len(work.prompts) if work.learned is None else work.learned
-        chosen, forwards = work.widest(count, work.minibatches)
+        chosen, forwards = work.widest(policy, count, work.minibatches)
         batch = work.batch(chosen, policy)
         found.forward = (batch.ids.shape[0], batch.ids.shape[1])
         before = live.now

@@ -255,7 +255,7 @@ def score_actions(policy: CausalLMPolicy, episodes: Episodes, size: int | None) 
         size: Sequences in one forward.
     """
     scores, places = [], []
-    for part in microbatches(deal(np.diff(episodes.starts)), episodes, size):
+    for part in microbatches(deal(np.diff(episodes.starts)), episodes, size, policy.forward_tokens):
         scores.append(policy.evaluate(episodes.batch(part), entropy=False).logprob)
         places.append(episodes.tokens(part))
     mine = np.zeros(episodes.num_tokens)
@@ -319,7 +319,7 @@ def exact_kl(
     mine = chosen[deal(np.diff(episodes.starts)[chosen])]
     sums = [
         policy.kl(reference, episodes.batch(part)).double().sum()
-        for part in microbatches(mine, episodes, size)
+        for part in microbatches(mine, episodes, size, policy.forward_tokens)
     ]
     whole: float = total(sum(torch.stack(sums).tolist()) if sums else 0.0)
     return whole / len(chosen) if len(chosen) else math.nan

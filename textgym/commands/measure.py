@@ -161,7 +161,9 @@ def _against(
     """KL to the reference (exact, nats per response) and perplexity under it."""
     kl, logprob = np.zeros(episodes.num_tokens), np.zeros(episodes.num_tokens)
     with sampler(policy, top_k=None, top_p=None):  # the distribution before any cut
-        for part in microbatches(deal(np.diff(episodes.starts)), episodes, FORWARD):
+        for part in microbatches(
+            deal(np.diff(episodes.starts)), episodes, FORWARD, policy.forward_tokens
+        ):
             tokens = episodes.tokens(part)
             kl[tokens] = policy.kl(reference, episodes.batch(part)).cpu().numpy()
             scored = reference.evaluate(episodes.batch(part), entropy=False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from textgym.episodes import FORWARD_LIMIT
 from textgym.policies.acting_copy import ActingCopy
 from textgym.policies.cache_support import make_slot_decoder
 from textgym.policies.checkpointing import computed_again
@@ -36,6 +37,9 @@ from textgym.policies.weight_watch import WeightWatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+FORWARD_BYTES = 1 << 22
+"""More makes an update slower, since it leaves the caches."""
 
 
 class Backbone(nn.Module):
@@ -118,6 +122,17 @@ class Backbone(nn.Module):
         """Where the model lives."""
         device: torch.device = self._core.device
         return device
+
+    @property
+    def forward_tokens(self) -> int:
+        """How many padded tokens a forward for learning holds at most.
+
+        On a CPU the hidden states of one layer then take `FORWARD_BYTES`.
+        """
+        if self.device.type != "cpu":
+            return FORWARD_LIMIT
+        width: int = self.config.get_text_config(decoder=True).hidden_size
+        return min(4 * FORWARD_LIMIT, max(FORWARD_LIMIT // 2, FORWARD_BYTES // (4 * width)))
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode: dropout would make the first ratio of PPO differ from 1."""
