@@ -9,10 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from textgym.episodes import Episodes
+from textgym.episodes import FORWARD_LIMIT, FORWARD_TOKENS, Episodes
 from textgym.learning import (
-    FORWARD_LIMIT,
-    FORWARD_TOKENS,
+    SHARED,
     GuardedOptimizer,
     NonFiniteError,
     UnscoredError,
@@ -107,7 +106,7 @@ def test_too_many_unscored() -> None:
 
 @given(st.sets(st.integers(0, 2), min_size=1), st.one_of(st.none(), st.integers(1, 4)))
 def test_microbatches_are_a_partition(chosen: set[int], size: int | None) -> None:
-    parts = list(microbatches(np.array(sorted(chosen)), episodes(), size))
+    parts = list(microbatches(np.array(sorted(chosen)), episodes(), size, FORWARD_LIMIT))
     assert sorted(np.concatenate(parts).tolist()) == sorted(chosen)
     assert all(0 < len(part) <= (size or 3) for part in parts)
 
@@ -119,7 +118,7 @@ def test_microbatches_are_a_partition(chosen: set[int], size: int | None) -> Non
 def test_no_split_of_the_sorted_sequences_is_cheaper(lengths: list[int], size: int | None) -> None:
     number = len(lengths)
     ragged = like(lengths, [0] * number, range(number))
-    parts = list(microbatches(np.arange(number), ragged, size))
+    parts = list(microbatches(np.arange(number), ragged, size, FORWARD_LIMIT))
     assert sorted(np.concatenate(parts).tolist()) == list(range(number))
 
     def cost(split: list[list[int]]) -> int:
@@ -138,10 +137,10 @@ def test_no_split_of_the_sorted_sequences_is_cheaper(lengths: list[int], size: i
 
 def test_too_many_tokens_are_split_evenly() -> None:
     alike = like([80] * 64, [16] * 64, range(64))
-    parts = list(microbatches(np.arange(64), alike, None))
+    parts = list(microbatches(np.arange(64), alike, None, FORWARD_LIMIT))
     assert [len(part) for part in parts] == [32, 32]
     grouped = like([80] * 64, [16] * 64, np.arange(64) // 8)
-    parts = list(microbatches(np.arange(64), grouped, None))
+    parts = list(microbatches(np.arange(64), grouped, None, FORWARD_LIMIT))
     assert [part.tolist() for part in parts] == [[*range(32)], [*range(32, 64)]]
 
 
@@ -160,7 +159,9 @@ def test_no_split_of_the_groups_is_cheaper(
     rows = [rows[k] for k in np.random.default_rng(len(rows)).permutation(len(rows))]
     number = len(rows)
     group, prompt, rest = np.array(rows).T
-    parts = list(microbatches(np.arange(number), like(prompt + rest, prompt, group), size))
+    parts = list(
+        microbatches(np.arange(number), like(prompt + rest, prompt, group), size, FORWARD_LIMIT)
+    )
     assert sorted(np.concatenate(parts).tolist()) == list(range(number))
 
     def tokens(part: Any, *, shared: bool) -> int:
@@ -169,7 +170,7 @@ def test_no_split_of_the_groups_is_cheaper(
             return whole
         longest, after = int(prompt[part].max()), int(rest[part].max())
         split = len(set(group[part])) * longest + len(part) * after
-        fits = len(part) * (longest + after) <= 4 * FORWARD_LIMIT
+        fits = len(part) * (longest + after) <= SHARED * FORWARD_LIMIT
         return split if fits and split + FORWARD_TOKENS < whole else whole
 
     def cost(split: list[Any], *, shared: bool) -> float:
@@ -192,7 +193,7 @@ def test_no_split_of_the_groups_is_cheaper(
 def test_long_prompts_keep_groups_together() -> None:
     order = np.random.default_rng(0).permutation(64)
     groups = np.arange(64) // 8
-    parts = list(microbatches(order, like([640] * 64, [512] * 64, groups), None))
+    parts = list(microbatches(order, like([640] * 64, [512] * 64, groups), None, FORWARD_LIMIT))
     assert [sorted(set(groups[part].tolist())) for part in parts] == [
         [0, 1], [2, 3], [4, 5], [6, 7]
     ]  # fmt: skip

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FORWARD_TOKENS = 256
 """Padding that a forward of its own is worth: what one costs beside its tokens, in tokens."""
 FORWARD_LIMIT = 4096
-"""Padded tokens that one forward holds at most; policies say how many theirs do."""
+"""Padded tokens that one forward holds at most, where hidden states are 256 wide."""
 
 
 @dataclass(frozen=True)

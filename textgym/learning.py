@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textgym.episodes import FORWARD_LIMIT, FORWARD_TOKENS
+from textgym.episodes import FORWARD_TOKENS
 from textgym.parallel import sum_gradients
 from textgym.returns import IntArray, check_unit
 
@@ -181,8 +181,12 @@ def check_above_0(config: Any, *names: str) -> None:
 # ------------------------------------------------------------------------------------ forwards
 
 
+SHARED = 4
+"""How many times a forward's tokens attention may read, a prompt counted for each sequence."""
+
+
 def microbatches(
-    indices: IntArray, episodes: Episodes, size: int | None, limit: int = FORWARD_LIMIT
+    indices: IntArray, episodes: Episodes, size: int | None, limit: int
 ) -> Iterator[IntArray]:
     """Split episodes into forwards of at most `size` sequences.
 
@@ -190,8 +194,13 @@ def microbatches(
     once, see `textgym.policies.shared_prompts`), the split is the one that costs least: the padded
     tokens of all forwards, and `FORWARD_TOKENS` for each. Few tokens, or all of one length, are one
     forward, as long as they are no more than `limit` (or a single sequence): beyond that nothing is
-    faster and all takes more memory. A shared prompt may count up to four times that, once for each
-    sequence that begins with it.
+    faster and all takes more memory.
+
+    Args:
+        indices: Which episodes.
+        episodes: Of them.
+        size: The most sequences of a forward; None for no such limit.
+        limit: Its most padded tokens, `policy.forward_tokens`.
     """
     count = len(indices)
     if not count:
@@ -237,22 +246,26 @@ def _cheapest_split(
         turns[1:] = np.cumsum(np.diff(prompts[1]) != 0)
     # cost[k]: the least cost of the first k; it ends with a forward of those from begin[k] on.
     cost, begin = np.zeros(count + 1), np.zeros(count + 1, np.int64)
+    low = 0  # forwards from before it have too many tokens, and will have with more sequences
     for k in range(1, count + 1):
-        starts = np.arange(max(0, k - widest), k)
+        low = max(low, k - widest)
+        starts = np.arange(low, k)
         rows = k - starts
-        tokens = rows * _longest_since(lengths[starts])
+        least = tokens = rows * _longest_since(lengths[starts])
         if prompts is not None:
             prompt = _longest_since(prompts[0][starts])
             rest = _longest_since(lengths[starts] - prompts[0][starts])
             shared = (turns[k - 1] - turns[starts] + 1) * prompt + rows * rest
             pays = shared + FORWARD_TOKENS < tokens
-            pays &= rows * (prompt + rest) <= 4 * limit  # what attention reads
+            pays &= rows * (prompt + rest) <= SHARED * limit  # what attention reads
+            least = np.minimum(shared, tokens)
             tokens = np.where(pays, shared, tokens)
         costs = cost[starts] + tokens + FORWARD_TOKENS
         costs += 1e-6 * (tokens / limit) ** 2  # of splits that cost the same, the even one
         costs[(tokens > limit) & (rows > 1)] = np.inf
         best = int(costs.argmin())
         cost[k], begin[k] = costs[best], starts[best]
+        low = int(starts[((least <= limit) | (rows == 1)).argmax()])
     ends = [count]
     while ends[-1]:
         ends.append(int(begin[ends[-1]]))

@@ -143,7 +143,7 @@ class Footprint:
     optimizer: int = 0
     """Adam's moments."""
     acting: int = 0
-    """Copies of weights to act with: in another dtype, and joined (see `policies.joined_step`)."""
+    """Copy of the weights in the dtype that the policy acts in."""
     cache: int = 0
     """Keys and values of all rows."""
     cache_shape: tuple[int, ...] = ()
@@ -151,7 +151,8 @@ class Footprint:
     prefill: int = 0
     """What reading the prompts takes beside the cache."""
     decode: int = 0
-    """What a decoding step takes beside the cache: hidden states, logits, the sampler's sums."""
+    """What decoding takes beside the cache: hidden states, logits, the sampler's sums, joined
+    weights (see `policies.joined_step`)."""
     scoring: int = 0
     """What forwards without gradient take: log-probabilities of the reference, exact KL."""
     forward: tuple[int, int] = (0, 0)
@@ -238,7 +239,7 @@ class _Trial:
         before = live.now
         decoder = policy._slot_decoder()
         gc.collect()
-        found.acting = live.now - before
+        found.acting = 0 if policy.compute_dtype is None else live.now - before
         rows = np.arange(work.rows)
         length = np.resize(work.prompts, work.rows)
         last = length + work.budget - 1
@@ -274,10 +275,10 @@ class _Trial:
 
     def _score(self) -> None:
         """What is asked of the reference about a rollout."""
-        work = self.work
-        self._compare(work.widest(self.reference, len(work.prompts))[0], work, exact=False)
+        work, policy = self.work, self.policy
+        self._compare(work.widest(policy, len(work.prompts))[0], work, exact=False)
         if work.exact_kl:
-            self._compare(work.widest(self.reference, work.exact_kl)[0], work, exact=True)
+            self._compare(work.widest(policy, work.exact_kl)[0], work, exact=True)
 
     @torch.no_grad()
     def _compare(self, chosen: IntArray, work: Workload, *, exact: bool) -> None:

@@ -293,7 +293,7 @@ class OldLogprob:
         self._logprob = to_device(found, policy.device)
 
     def of(self, tokens: Tensor, now: Tensor) -> Tensor:
-        """Those of some tokens [m], whose log-probabilities are `now`; no gradient."""
+        """Those of some tokens [m], without gradient; in a first pass that is waited for, `now`."""
         if self._waits:
             self._logprob[tokens] = now.detach()
         return self._logprob[tokens]

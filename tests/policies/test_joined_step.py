@@ -152,6 +152,65 @@ def test_hooks_and_patched_modules_are_not_passed_by() -> None:
     assert float((ablated - whole).abs().max()) > 0.1
 
 
+def test_global_hooks_see_every_module() -> None:
+    policy = CausalLMPolicy(family_model("llama"), device="cpu")
+    ids, rows = np.random.default_rng(0).integers(0, VOCAB, (3, 8)), np.arange(3)
+    policy._hidden_last(ids, np.full(3, 5), rows)
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        seen: list[str] = []
+        handle = register(lambda module, *_, to=seen: to.append(type(module).__name__))
+        policy._hidden_last(ids, np.full(3, 6), rows)
+        handle.remove()
+        assert seen.count("LlamaMLP") == 2
+        policy._hidden_last(ids, np.full(3, 5), rows)
+
+
+@pytest.mark.parametrize("change", ["activation", "frequencies", "wrapper", "dtype"])
+def test_it_looks_at_the_model_again(change: str) -> None:
+    """Weights do not tell, so `invalidate_cache` must."""
+
+    class Twice(nn.Module):
+        """Another module in the place of one that was joined."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2.0 * self.inner(x)
+
+    model = family_model("llama")
+    policy = CausalLMPolicy(model, device="cpu", value_head=False)
+    ids, rows = np.random.default_rng(0).integers(0, VOCAB, (3, 8)), np.arange(3)
+    for length in (5, 6):
+        before = policy._hidden_last(ids, np.full(3, length), rows)
+    first = model.model.layers[0]
+    if change == "activation":
+        first.mlp.act_fn = nn.GELU()
+    elif change == "frequencies":
+        model.model.rotary_emb.inv_freq.mul_(0.1)
+    elif change == "wrapper":
+        first.mlp = Twice(first.mlp)
+    else:
+        model.bfloat16()
+    policy.invalidate_cache()
+    policy._hidden_last(ids, np.full(3, 5), rows)
+    found = policy._hidden_last(ids, np.full(3, 6), rows).float()
+    with torch.no_grad():
+        full = model.model(input_ids=torch.from_numpy(ids[:, :6])).last_hidden_state[:, -1].float()
+    assert float((found - full).norm() / full.norm()) < (0.05 if change == "dtype" else 1e-4)
+    if change != "dtype":
+        assert float((found - before).norm() / full.norm()) > 0.01
+
+
+def test_a_trial_that_raises_leaves_the_model_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined_step, "attend", None)
+    assert decoder_of(family_model("llama")).step is None
+
+
 def test_what_it_is_not_made_for_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert JoinedStep.fits(family_model("llama").base_model)
     assert not JoinedStep.fits(family_model("qwen3").base_model)  # norms of queries and keys
@@ -168,9 +227,11 @@ def test_what_it_is_not_made_for_is_left_to_the_model(monkeypatch: pytest.Monkey
     assert not JoinedStep.fits(family_model("llama").base_model)
 
 
-def test_adapters_are_left_to_the_model() -> None:
+@pytest.mark.parametrize("lora", [2, {"r": 2, "target_modules": ["embed_tokens"]}])
+def test_adapters_are_left_to_the_model(lora: Any) -> None:
+    """Those of the embedding start at zero, which shows in no trial."""
     pytest.importorskip("peft")
-    policy = CausalLMPolicy(family_model("llama"), device="cpu", lora=2)
+    policy = CausalLMPolicy(family_model("llama"), device="cpu", lora=lora)
     decoder = policy._slot_decoder()
     assert decoder is not None
     assert decoder.step is None

@@ -161,6 +161,28 @@ def test_in_bfloat16(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyP
         assert float((found - want).norm()) <= 2.0 * float((plain - want).norm()) + 1e-6
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_responses_of_two_tokens_in_bfloat16(
+    make_model: Callable[..., Any], weights: torch.dtype
+) -> None:
+    """After the prompts there is one token a row, with a mask that is added."""
+    short = batch_of([6] * 6, [2] * 6, [0, 0, 0, 1, 1, 1])
+    assert SharedPrompts.of(short) is not None
+    model = make_model().to(weights)
+    compute = "bfloat16" if weights == torch.float32 else None
+    policy = CausalLMPolicy(model, device="cpu", compute_dtype=compute)
+    exact = CausalLMPolicy(make_model(), device="cpu")
+    gap = policy.evaluate(short).logprob - exact.evaluate(short).logprob
+    assert float(gap.detach().abs().max()) < 0.3
+
+
+def test_padding_has_no_positions_beyond_the_context(make_model: Callable[..., Any]) -> None:
+    uneven = batch_of([30] * 20 + [10] * 40, [2] * 20 + [22] * 40, [0] * 20 + [1] * 40)
+    policy = CausalLMPolicy(make_model("gpt2", max_positions=32), device="cpu")
+    assert SharedPrompts.of(uneven) is not None
+    assert bool(policy.evaluate(uneven).logprob.isfinite().all())
+
+
 def test_models_are_asked(make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_share(make_model().base_model, VOCAB)
     assert not can_share(make_model(attention="eager").base_model, VOCAB)

@@ -212,7 +212,7 @@ def table(agent: str, found: Forecast) -> Table:
         ("gradients", size.gradients, "while it learns"),
         ("optimizer", size.optimizer, "Adam's moments"),
         ("reference", size.reference, "frozen copy of the weights"),
-        ("acting copy", size.acting, "of weights, joined or in the dtype of acting"),
+        ("acting copy", size.acting, f"of the weights, in {policy.compute_dtype}"),
         (
             "cache",
             size.cache,

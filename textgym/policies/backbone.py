@@ -131,7 +131,7 @@ class Backbone(nn.Module):
         """
         if self.device.type != "cpu":
             return FORWARD_LIMIT
-        width: int = self.config.get_text_config(decoder=True).hidden_size
+        width: int = self._core.get_output_embeddings().weight.shape[1]
         return min(4 * FORWARD_LIMIT, max(FORWARD_LIMIT // 2, FORWARD_BYTES // (4 * width)))
 
     def train(self, mode: bool = True) -> Self:

@@ -53,7 +53,8 @@ def _attention(
     """Attention of [n, heads, queries, size] over [n, groups, columns, size]."""
     rows, heads, length, size = query.shape
     groups = key.shape[1]
-    if length == 1 and not dropout and kwargs.get("position_bias") is None:
+    added = attention_mask is not None and attention_mask.dtype != torch.bool
+    if length == 1 and not added and not dropout and kwargs.get("position_bias") is None:
         scale = size**-0.5 if scaling is None else scaling
         grouped = query.reshape(rows, groups, heads // groups, size) * scale
         out = attend(grouped, key, value, None if attention_mask is None else ~attention_mask)

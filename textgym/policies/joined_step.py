@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from transformers.activations import SiLUActivation
 
 from textgym.policies.cpu_attention import attend
 from textgym.policies.cpu_linear import OneDNNLinear, has_onednn, product
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 FAMILIES = {"LlamaModel", "MistralModel", "Qwen2Model"}
 """Models whose step this is, where a trial run agrees (see `cache_support`)."""
 LARGEST = 1 << 27
-"""Bytes of joined weights beyond which products take so long that nothing else matters."""
+"""Bytes of joined weights; beyond it products take so long that nothing else matters."""
 SMALLEST = 1 << 20
 """Multiplications of a product that oneDNN is asked for. Its shapes come at every step, so that
 the code for a new one pays sooner than in `cpu_linear`."""
+_SILU = (nn.SiLU, SiLUActivation)
 _LINEARS = {
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -69,15 +71,16 @@ class JoinedStep:
         self.heads: int = config.num_attention_heads
         self.groups: int = config.num_key_value_heads
         self.size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self._layers: list[_Layer] = []
-        self._table = torch.empty(0)  # [2, C, d], cosines and signed sines
-        self._stale = True
-        self._modules = list(base.modules())
-        self._onednn = base.dtype == torch.float32 and base.device.type == "cpu" and has_onednn()
+        self._layers: list[_Layer] = []  # none: not joined yet
+        self.forget()
 
     @staticmethod
     def fits(base: PreTrainedModel) -> bool:
-        """Whether this is the step of such a model, as far as its parts tell."""
+        """Whether this is the step of such a model, as far as its parts tell.
+
+        Every part that is passed by must be the plain one: an adapter that starts at zero shows in
+        no trial run.
+        """
         if type(base).__name__ not in FAMILIES or base.device.type not in ("cpu", "meta"):
             return False
         if base.dtype not in (torch.float32, torch.bfloat16):
@@ -86,8 +89,12 @@ class JoinedStep:
         if config.hidden_act not in ("silu", "swish"):
             return False
         layers: Any = base.layers
+        if type(base.embed_tokens) is not nn.Embedding or len(layers) != config.num_hidden_layers:
+            return False
         joined = 0
         for layer in layers:
+            if type(getattr(layer.mlp, "act_fn", None)) not in _SILU:
+                return False
             linears = {n: m for n, m in layer.named_modules() if n in _LINEARS}
             if any(type(m) not in (nn.Linear, OneDNNLinear) for m in linears.values()):
                 return False  # adapters, quantised weights
@@ -98,16 +105,25 @@ class JoinedStep:
         return joined <= LARGEST
 
     @property
-    def is_watched(self) -> bool:
-        """Whether somebody looks into the model's modules, which this step passes by."""
-        return bool(torch_module._global_forward_hooks) or any(
-            m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
-            for m in self._modules
+    def applies(self) -> bool:
+        """Whether the model still is one that fits, and nobody looks into the modules passed by."""
+        watched = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+        return (
+            self._fits
+            and not watched
+            and not any(
+                m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
+                for m in self._modules
+            )
         )
 
     def forget(self) -> None:
-        """Read the weights again before the next step."""
-        self._stale = True
+        """Free the joined weights; look at the model again before the next step."""
+        base = self.base
+        self._layers = []
+        self._table = torch.empty(0)  # [2, C, d], cosines and signed sines
+        self._fits, self._modules = self.fits(base), list(base.modules())
+        self._onednn = base.dtype == torch.float32 and base.device.type == "cpu" and has_onednn()
 
     def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
         """Forward one token a row.
@@ -119,8 +135,8 @@ class JoinedStep:
         Returns:
             Hidden states [n, D].
         """
-        if self._stale:
-            self._refresh()
+        if not self._layers:
+            self._layers = [_joined(layer) for layer in self.base.layers]
         base, n = self.base, len(tokens)
         cos, sin, unseen = self._places(plan)
         turned = self.heads + self.groups
@@ -173,11 +189,6 @@ class JoinedStep:
         sign = torch.ones_like(sin[0])
         sign[:, : self.size // 2] = -1
         self._table = torch.stack([cos[0], sin[0] * sign])
-
-    def _refresh(self) -> None:
-        """Join the weights as they are now."""
-        self._layers = [_joined(layer) for layer in self.base.layers]
-        self._stale = False
 
 
 def _joined(layer: Any) -> _Layer:

@@ -27,7 +27,8 @@ BLOCK_BYTES = {"cpu": 3 << 23, "cuda": 1 << 28}
 """Float32 logits of one block: on a CPU they should stay in its caches, and be less than what
 malloc maps anew each time (`textgym.malloc.LARGE`), which costs a fault a page."""
 BLOCK_TOKENS = 256
-"""A block has at least so many tokens: products with fewer take longer than caches save."""
+"""A block has at least so many tokens (of a vocabulary beyond 24,576 that is more than
+`BLOCK_BYTES`): products with fewer take longer than caches save."""
 KEPT_BYTES = 1 << 30
 """Float32 probabilities that are kept for the backward pass where nothing else is asked for."""
 

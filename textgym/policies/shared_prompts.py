@@ -39,6 +39,7 @@ class SharedPrompts:
         rest: int64 [B, S], right-padded.
         owner: int64 [B], the prompt of each sequence.
         begin: int64 [B], its length.
+        column: int64 [B, S], of the rest's tokens in their sequences; 0 in padding.
     """
 
     alike: bool
@@ -46,6 +47,7 @@ class SharedPrompts:
     rest: Tensor
     owner: Tensor
     begin: Tensor
+    column: Tensor
 
     @classmethod
     def of(cls, batch: SequenceBatch) -> SharedPrompts | None:
@@ -64,14 +66,15 @@ class SharedPrompts:
             return None
         offset = begin[:, None] + np.arange(rest)
         inside = offset < length[:, None]
-        after = np.where(inside, np.take_along_axis(ids, np.where(inside, offset, 0), 1), 0)
+        place = np.where(inside, offset, 0)
+        after = np.where(inside, np.take_along_axis(ids, place, 1), 0)
         prompts = np.where(np.arange(longest) < begin[leaders, None], ids[leaders, :longest], 0)
         alike = bool((begin == longest).all())
-        return cls(alike, *(torch.from_numpy(x) for x in (prompts, after, owner, begin)))
+        return cls(alike, *(torch.from_numpy(x) for x in (prompts, after, owner, begin, place)))
 
     def to(self, device: torch.device) -> SharedPrompts:
         """The same on a device."""
-        fields = (self.prompts, self.rest, self.owner, self.begin)
+        fields = (self.prompts, self.rest, self.owner, self.begin, self.column)
         return SharedPrompts(self.alike, *(x.to(device, non_blocking=True) for x in fields))
 
     def hidden(self, base: PreTrainedModel, row: Tensor, column: Tensor) -> Tensor:
@@ -89,14 +92,14 @@ class SharedPrompts:
         of_rest = base(
             input_ids=self.rest,
             attention_mask=self._mask(of_prompts.dtype),
-            position_ids=self.begin[:, None] + torch.arange(width, device=self.rest.device),
+            position_ids=self.column,
             past_key_values=held,
             use_cache=True,
         ).last_hidden_state
         begin = self.begin[row]
         at = number * longest + row * width + column - begin
         at = torch.where(column < begin, self.owner[row] * longest + column, at)
-        return torch.cat([of_prompts.flatten(0, 1), of_rest.flatten(0, 1)])[at]
+        return _rows(torch.cat([of_prompts.flatten(0, 1), of_rest.flatten(0, 1)]), at)
 
     def _mask(self, dtype: torch.dtype) -> Tensor:
         """What is added to the scores, [1 or B, 1, S, L + S]: a prompt, and what went before."""
@@ -109,6 +112,12 @@ class SharedPrompts:
         return torch.zeros(unseen.shape, dtype=dtype, device=begin.device).masked_fill_(
             unseen, NEG_INF
         )
+
+
+def _rows(held: Tensor, which: Tensor) -> Tensor:
+    """`held[which]`, by what sums its gradient in a fixed order; threads sum that of an index."""
+    rows = torch.nn.functional.embedding(which, held.flatten(1))
+    return rows.view(-1, *held.shape[1:])
 
 
 class _HeldLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -132,8 +141,8 @@ class _HeldLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return key_states, value_states
         owner = self.held.owner
         return (
-            torch.cat([self.keys[owner], key_states], 2),
-            torch.cat([self.values[owner], value_states], 2),
+            torch.cat([_rows(self.keys, owner), key_states], 2),
+            torch.cat([_rows(self.values, owner), value_states], 2),
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -170,8 +179,9 @@ def can_share(base: PreTrainedModel, vocab_size: int) -> bool:
     owner, begin = np.array([0, 0, 1, 1]), np.array([4, 4, 2, 2])
     ids[1, :4], ids[3, :2] = ids[0, :4], ids[2, :2]
     prompts = np.where(np.arange(4) < begin[::2, None], ids[::2, :4], 0)
-    rest = ids[np.arange(4)[:, None], begin[:, None] + np.arange(2)]
-    arrays = (prompts, rest, owner, begin)
+    column = begin[:, None] + np.arange(2)
+    rest = ids[np.arange(4)[:, None], column]
+    arrays = (prompts, rest, owner, begin, column)
     trial = SharedPrompts(False, *(torch.from_numpy(x) for x in arrays)).to(base.device)
     row, column = np.array([(0, 3), (0, 5), (1, 5), (2, 1), (2, 3), (3, 2)]).T
     places = torch.from_numpy(row).to(base.device), torch.from_numpy(column).to(base.device)

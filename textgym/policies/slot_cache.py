@@ -234,11 +234,11 @@ class SlotDecoder:
             start=start,
             column=first if start is not None and bool((pos == first).all()) else None,
         )
-        if self.step is None or self.step.is_watched:
-            hidden = self._forward(tokens[:, None], plan)[:, 0]
-        else:
+        if self.step is not None and self.step.applies:
             self.store.plan = plan
             hidden = self.step(tokens, plan)
+        else:
+            hidden = self._forward(tokens[:, None], plan)[:, 0]
         if order is not None:
             hidden = torch.empty_like(hidden).index_copy_(0, on_device, hidden)
         return hidden
