@@ -205,8 +205,12 @@ def microbatches(
     count = len(indices)
     if not count:
         return
-    lengths = np.diff(episodes.starts)[indices]
+    lengths, prompts = np.diff(episodes.starts)[indices], episodes.prompt_length[indices]
     widest = count if size is None else size
+    whole, padding = count * int(lengths.max()), _padding(lengths) + _padding(prompts)
+    if count <= widest and whole <= limit and padding <= FORWARD_TOKENS:
+        yield indices  # a second forward would cost more than all of the padding
+        return
     order = np.argsort(-lengths, kind="stable")
     cost, ends = _cheapest_split(lengths[order], widest, limit)
     names, group = np.unique(episodes.group[indices], return_inverse=True)
@@ -214,8 +218,8 @@ def microbatches(
         longest = np.zeros(len(names), np.int64)
         np.maximum.at(longest, group, lengths)
         grouped = np.lexsort((-lengths, group, -longest[group]))
-        prompts = (episodes.prompt_length[indices][grouped], group[grouped])
-        shared, ends_shared = _cheapest_split(lengths[grouped], widest, limit, prompts)
+        heads = (prompts[grouped], group[grouped])
+        shared, ends_shared = _cheapest_split(lengths[grouped], widest, limit, heads)
         if shared < cost:
             order, ends = grouped, ends_shared
     for first, last in itertools.pairwise(ends):
@@ -270,6 +274,10 @@ def _cheapest_split(
     while ends[-1]:
         ends.append(int(begin[ends[-1]]))
     return float(cost[-1]), ends[::-1]
+
+
+def _padding(lengths: IntArray) -> int:
+    return len(lengths) * int(lengths.max()) - int(lengths.sum())
 
 
 def _longest_since(lengths: IntArray) -> IntArray:

@@ -20,6 +20,7 @@ from textgym.policies.cache_support import make_slot_decoder
 from textgym.policies.checkpointing import computed_again
 from textgym.policies.cpu_attention import cpu_attention
 from textgym.policies.cpu_linear import use_onednn
+from textgym.policies.cpu_norm import use_fast_norms
 from textgym.policies.loading import (
     add_lora,
     context_length,
@@ -82,6 +83,7 @@ class Backbone(nn.Module):
         loaded = load_model(model, resolve_device(device), resolve_dtype(dtype))
         self.model: Any = loaded if lora is None else add_lora(loaded, lora, seed)
         use_onednn(self.model)
+        use_fast_norms(self.model)
         self._adapters_off = False
         self._head = LogitHead(self._core)
         self.vocab_size = self._head.size if vocab_size is None else vocab_size
