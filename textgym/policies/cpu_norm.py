@@ -66,23 +66,26 @@ class _Norm(torch.autograd.Function):
 
 @torch.no_grad()
 def use_fast_norms(model: nn.Module) -> None:
-    """Let the RMS norms of a model compute as above where they train on a CPU.
+    """Let the RMS norms of a model compute as above where a CPU trains them.
 
     What is an RMS norm is asked of the module: one that gives other numbers stays as it is. They
     keep parameters and state dict.
     """
     for module in model.modules():
-        name = type(module).__name__
-        eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
-        plain = name.endswith("RMSNorm") and isinstance(eps, float) and weight is not None
-        if not plain or isinstance(module, CpuRMSNorm) or len(list(module.parameters())) != 1:
+        norm: Any = module
+        named = type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
+        if (
+            isinstance(norm, CpuRMSNorm)
+            or not named
+            or [name for name, _ in norm.named_parameters()] != ["weight"]
+        ):
             continue
+        eps, weight = norm.variance_epsilon, norm.weight
         x = torch.linspace(-2.0, 3.0, 2 * len(weight), device=weight.device).view(2, -1)
-        found, own = _Norm.forward(_Nowhere(), x, weight.float(), eps), module(x)
-        if found.shape == own.shape and torch.allclose(found, own.float(), rtol=1e-2, atol=1e-4):
-            swapped = cast(Any, module)
-            swapped.original = type(module)
-            swapped.__class__ = CpuRMSNorm
+        found, own = _Norm.forward(_Nowhere(), x, weight.float(), eps), norm(x).float()
+        if found.shape == own.shape and torch.allclose(found, own, rtol=1e-2, atol=1e-4):
+            norm.original = type(norm)
+            norm.__class__ = CpuRMSNorm
 
 
 class _Nowhere:
