@@ -55,7 +55,8 @@ class CausalLMPolicy(Backbone):
 
     Args:
         model: A Hugging Face causal LM, or the folder or hub name of one. An object is moved and
-            used in place, and on a CPU its linear layers multiply by oneDNN from then on.
+            used in place; on a CPU its linear layers multiply by oneDNN from then on, and its RMS
+            norms have a faster backward pass.
         vocab_size: V, the number of actions; default all logits. Surplus logits of the model are
             dropped everywhere.
         device: `"auto"` (CUDA if there is any, else CPU) or a torch device.

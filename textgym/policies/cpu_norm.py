@@ -51,7 +51,8 @@ class _Norm(torch.autograd.Function):
         r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
         ctx.eps = eps
-        return (x * r).mul_(weight)
+        out: Tensor = (x * r).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -73,12 +74,10 @@ def use_fast_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         norm: Any = module
-        named = type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
-        if (
-            isinstance(norm, CpuRMSNorm)
-            or not named
-            or [name for name, _ in norm.named_parameters()] != ["weight"]
-        ):
+        done, named = isinstance(norm, CpuRMSNorm), type(norm).__name__.endswith("RMSNorm")
+        if done or not named or not hasattr(norm, "variance_epsilon"):
+            continue
+        if [name for name, _ in norm.named_parameters()] != ["weight"]:
             continue
         eps, weight = norm.variance_epsilon, norm.weight
         x = torch.linspace(-2.0, 3.0, 2 * len(weight), device=weight.device).view(2, -1)
