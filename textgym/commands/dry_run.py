@@ -256,8 +256,8 @@ def advice(found: Forecast, args: TrainArgs, available: int) -> list[str]:
 
     if "learning" in too_much:
         sequences = size.forward[0]
-        room = share("learning", size.activations + size.probabilities)
-        if (fewer := int(sequences * room)) >= 1:
+        room = share("learning", size.activations + size.probabilities + size.passing)
+        if (fewer := int(0.9 * sequences * room)) >= 1:  # not all of it is in proportion
             lines.append(f"--microbatch {fewer}: a forward holds {sequences} sequences now")
         if not args.gradient_checkpointing:
             lines.append("--gradient-checkpointing: activations are computed again")
