@@ -432,14 +432,13 @@ class CausalLMPolicy(Backbone):
         split = SharedPrompts.of(batch) if share else None
         if split is not None and not self._shares_prompts():
             split = None
-        ids = ids[:, : max(1, width - 1)]  # nothing was drawn after the last token
         # All of it was looked at where it lay, on the host: nothing waits for an accelerator.
-        ids, row, before, action = (
-            x.to(self.device, non_blocking=True) for x in (ids, row, col - 1, action)
-        )
+        row, before, action = (x.to(self.device, non_blocking=True) for x in (row, col - 1, action))
         if split is not None:
             return self._hidden_after(split, row, before), action, mask
-        return self._hidden_all(ids)[row, before], action, mask
+        ids = ids[:, : max(1, width - 1)]  # nothing was drawn after the last token
+        hidden = self._hidden_all(ids.to(self.device, non_blocking=True))
+        return hidden[row, before], action, mask
 
     # ---------------------------------------------------------------- copies and files
 

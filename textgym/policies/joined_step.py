@@ -72,6 +72,7 @@ class JoinedStep:
         self.groups: int = config.num_key_value_heads
         self.size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self._layers: list[_Layer] = []  # none: not joined yet
+        self._modules: list[nn.Module] = []  # none: not looked at yet
         self.forget()
 
     @staticmethod
@@ -107,6 +108,11 @@ class JoinedStep:
     @property
     def applies(self) -> bool:
         """Whether the model still is one that fits, and nobody looks into the modules passed by."""
+        if not self._modules:
+            base = self.base
+            self._modules, self._fits = list(base.modules()), self.fits(base)
+            on_cpu = base.dtype == torch.float32 and base.device.type == "cpu"
+            self._onednn = on_cpu and has_onednn()
         watched = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         return (
             self._fits
@@ -119,11 +125,8 @@ class JoinedStep:
 
     def forget(self) -> None:
         """Free the joined weights; look at the model again before the next step."""
-        base = self.base
-        self._layers = []
+        self._layers, self._modules = [], []
         self._table = torch.empty(0)  # [2, C, d], cosines and signed sines
-        self._fits, self._modules = self.fits(base), list(base.modules())
-        self._onednn = base.dtype == torch.float32 and base.device.type == "cpu" and has_onednn()
 
     def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
         """Forward one token a row.
