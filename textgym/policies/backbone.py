@@ -41,6 +41,14 @@ if TYPE_CHECKING:
 
 FORWARD_BYTES = 1 << 22
 """More makes an update slower, since it leaves the caches."""
+_NO_CACHE: dict[str, Any] = {
+    "_watch": None,
+    "_decoder": None,
+    "_acting": None,
+    "_no_cache": False,
+    "_sharing": None,
+}
+"""What a policy knows of its caches before it has acted or scored."""
 
 
 class Backbone(nn.Module):
@@ -251,11 +259,7 @@ class Backbone(nn.Module):
         return self._decoder
 
     def _reset_cache(self) -> None:
-        self._watch = None
-        self._decoder = None
-        self._acting = None
-        self._no_cache = False
-        self._sharing = None
+        self.__dict__.update(_NO_CACHE)
 
     def invalidate_cache(self) -> None:
         """Forget all cached keys and values.
@@ -273,6 +277,4 @@ class Backbone(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache out of copies and pickles."""
-        state = self.__dict__.copy()
-        state.update(_watch=None, _decoder=None, _acting=None, _no_cache=False, _sharing=None)
-        return state
+        return self.__dict__ | _NO_CACHE
