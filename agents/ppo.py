@@ -105,7 +105,7 @@ class PPOConfig:
     minibatches: int = 4
     """Gradient steps of a pass, on equal numbers of whole sequences."""
     microbatch: int | None = None
-    """Sequences in one forward; None: as many as 4,096 tokens hold. Changes memory, not results."""
+    """Sequences in one forward; None: as many as fit `forward_tokens`. Changes memory only."""
     lr: float = 1e-4
     """Highest learning rate."""
     warmup_updates: int = 0

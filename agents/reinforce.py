@@ -100,7 +100,7 @@ class REINFORCEConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     microbatch: int | None = None
-    """Sequences in one forward; None: as many as 4,096 tokens hold. Changes memory, not results."""
+    """Sequences in one forward; None: as many as fit `forward_tokens`. Changes memory only."""
     baseline: Literal["none", "moving_average", "learned", "group"] = "moving_average"
     """What is subtracted from returns: nothing, their running mean, the value head, or the mean
     return of the other episodes of the group (`group_size` of at least 2)."""

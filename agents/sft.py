@@ -57,7 +57,7 @@ class SFTConfig:
     epochs: float = 3.0
     """Passes over all examples, where `learn` is given no number of tokens."""
     microbatch: int | None = None
-    """Sequences in one forward; None: as many as 4,096 tokens hold. Changes memory, not results."""
+    """Sequences in one forward; None: all. Changes memory, not results."""
     lr: float = 3e-4
     """Highest learning rate."""
     warmup_updates: int = 0
