@@ -31,16 +31,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import tyro
+from learners import make_policy, vector
 from machine import described
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from textgym.agents import GRPO, PPO, REINFORCE, GRPOConfig, PPOConfig, REINFORCEConfig
 from textgym.commands.options import FOR_EMBEDDED
-from textgym.policies import CausalLMPolicy, random_causal_lm
 from textgym.rollout import collect
 
 AGENTS: dict[str, tuple[Any, Any]] = {
@@ -145,7 +144,7 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
     config = make_config(seed=seed, **every, **run["settings"])
     envs = vector(task, config.episodes)
     held_out = vector(TASKS[task].held_out, 256, split="test")
-    policy = make_policy(task, envs, seed)
+    policy = make_policy(envs, seed, embedded=TASKS[task].settings is EMBEDDED)
     learner = make(policy, envs, config, eval_envs=held_out)
     wall, cpu = time.perf_counter(), time.process_time()
     result = learner.learn(run["tokens"], quiet=True)
@@ -165,29 +164,6 @@ def train(run: dict[str, Any]) -> dict[str, Any]:
         "sampled": result.total_tokens,
         "seconds": round(seconds, 2),
     }
-
-
-def vector(task: str, rows: int, **knobs: Any) -> Any:
-    """A vector environment."""
-    return gym.make_vec(
-        task, rows, "vector_entry_point", autoreset_mode="Disabled", **knobs
-    ).unwrapped
-
-
-def make_policy(task: str, envs: Any, seed: int) -> CausalLMPolicy:
-    """The embedded model, or a small one of random weights."""
-    if TASKS[task].settings is EMBEDDED:
-        return CausalLMPolicy.from_pretrained("embedded", device="cpu", seed=seed)
-    model = random_causal_lm(
-        envs.task.vocab_size,
-        hidden_size=64,
-        num_layers=1,
-        num_heads=4,
-        max_positions=64,
-        initializer_range=0.06,
-        seed=seed,
-    )
-    return CausalLMPolicy(model, device="cpu", seed=seed)
 
 
 def half_width(values: Sequence[float]) -> float:

@@ -20,12 +20,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import gymnasium as gym
 import tyro
+from learners import make_policy, vector
 from machine import described
 
 from textgym.agents import PPO, SB3PPO, PPOConfig, SB3PPOConfig
-from textgym.policies import CausalLMPolicy, random_causal_lm
 from textgym.rollout import collect
 
 DIAGNOSTIC = {"epochs": 2, "lr": 1e-3, "lr_final": 0.0, "target_kl": 0.02, "max_grad_norm": 0.3}
@@ -81,13 +80,13 @@ def train(task: str, agent: str, seed: int) -> dict[str, Any]:
     learner: Any
     if agent == "ppo":
         envs = vector(task, kind.episodes)
-        policy = make_policy(task, envs, seed)
+        policy = make_policy(envs, seed, embedded=task == "TextGen-v0")
         learner = PPO(policy, envs, PPOConfig(episodes=kind.episodes, **config))
     else:
         if "vf_coef" in config:
             config["vf_coef"] /= 2  # SB3's value loss has no half
         envs = vector(task, kind.rows, "SameStep")
-        policy = make_policy(task, envs, seed)
+        policy = make_policy(envs, seed, embedded=task == "TextGen-v0")
         config |= {"n_steps": kind.n_steps, "minibatches": kind.minibatches}
         learner = SB3PPO(policy, envs, SB3PPOConfig(**config))
     began = time.process_time()
@@ -101,27 +100,6 @@ def train(task: str, agent: str, seed: int) -> dict[str, Any]:
     score = float(fresh.scores.mean())
     found = {"task": task, "agent": agent, "seed": seed, "score": round(score, 4)}
     return found | {"tokens_per_s": round(tokens / seconds), "seconds": round(seconds, 1)}
-
-
-def vector(task: str, rows: int, mode: str = "Disabled", **knobs: Any) -> Any:
-    """A vector environment."""
-    return gym.make_vec(task, rows, "vector_entry_point", autoreset_mode=mode, **knobs).unwrapped
-
-
-def make_policy(task: str, envs: Any, seed: int) -> CausalLMPolicy:
-    """The embedded model, or a small one of random weights for a diagnostic."""
-    if task == "TextGen-v0":
-        return CausalLMPolicy.from_pretrained("embedded", device="cpu", seed=seed)
-    model = random_causal_lm(
-        envs.task.vocab_size,
-        hidden_size=64,
-        num_layers=1,
-        num_heads=4,
-        max_positions=64,
-        initializer_range=0.06,
-        seed=seed,
-    )
-    return CausalLMPolicy(model, device="cpu", seed=seed)
 
 
 def table(runs: list[dict[str, Any]], tasks: tuple[str, ...]) -> dict[str, Any]:

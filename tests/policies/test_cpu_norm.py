@@ -13,23 +13,11 @@ from torch import nn
 from textgym.policies import cpu_norm
 from textgym.policies.cpu_norm import CpuRMSNorm, _Norm, use_fast_norms
 
+from .families import family_model
+
 
 def small_model(family: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    shape: dict[str, Any] = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
-    config: Any = AutoConfig.for_model(family, head_dim=8, max_position_embeddings=32, **shape)
-    auto: Any = AutoModelForCausalLM
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = auto.from_config(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return family_model(family, scale=1.0, hidden_size=16, head_dim=8)
 
 
 def test_gradients_of_the_first_and_second_order() -> None:
