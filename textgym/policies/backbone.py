@@ -214,8 +214,7 @@ class Backbone(nn.Module):
     def _learning(self) -> Iterator[None]:
         """What forwards of whole sequences compute in."""
         base = self._core.base_model
-        half = torch.bfloat16 in (self.compute_dtype, self._core.dtype)
-        attending = partial(cpu_attention, base, applies=half)
+        attending = partial(cpu_attention, base, applies=True)
         again = self.gradient_checkpointing and torch.is_grad_enabled()
         layers = computed_again(self._core, attending) if again else nullcontext()
         with self._autocast(), attending(), layers:
