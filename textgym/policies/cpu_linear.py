@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 SMALLEST = 1 << 22
 """Multiplications of a product that is worth it: oneDNN writes code for a new shape (0.5 ms)."""
+SMALLEST_AGAIN = 1 << 20
+"""The same where no gradient is wanted: the shapes of decoding steps come again and again."""
 
 
 class OneDNNLinear(nn.Linear):
@@ -20,7 +22,8 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
-        if input.numel() * self.out_features < SMALLEST or not _applies(input, self.weight):
+        smallest = SMALLEST if torch.is_grad_enabled() else SMALLEST_AGAIN
+        if input.numel() * self.out_features < smallest or not _applies(input, self.weight):
             return super().forward(input)
         rows = input.reshape(-1, input.shape[-1]).contiguous()
         if torch.is_grad_enabled() and (rows.requires_grad or self.weight.requires_grad):
@@ -48,8 +51,13 @@ class _Product(torch.autograd.Function):
         times = _Product.apply if torch.is_grad_enabled() else product
         of_rows = times(gradient, weight.t()) if ctx.needs_input_grad[0] else None
         of_weight = None
-        if ctx.needs_input_grad[1]:  # in this order it takes two thirds of the other's time
-            of_weight = times(rows.t(), gradient.t()).t()
+        if ctx.needs_input_grad[
+            1
+        ]:  # the narrower one first: the other order takes 1.2 to 1.5 times
+            narrow = rows.shape[1] <= gradient.shape[1]
+            first, second = (rows, gradient) if narrow else (gradient, rows)
+            of_weight = times(first.t(), second.t())
+            of_weight = of_weight.t() if narrow else of_weight
         return of_rows, of_weight
 
 

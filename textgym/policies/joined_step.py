@@ -10,6 +10,7 @@ Shapes: n rows, H query heads, G key-value heads of size d, D hidden size, C col
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from transformers.activations import SiLUActivation
 
 from textgym.policies.cpu_attention import attend
-from textgym.policies.cpu_linear import OneDNNLinear, has_onednn, product
+from textgym.policies.cpu_linear import SMALLEST_AGAIN, OneDNNLinear, has_onednn, product
 from textgym.policies.slot_store import Plan, SlotStore
 
 if TYPE_CHECKING:
@@ -28,9 +29,6 @@ FAMILIES = {"LlamaModel", "MistralModel", "Qwen2Model"}
 """Models whose step this is, where a trial run agrees (see `cache_support`)."""
 LARGEST = 1 << 27
 """Bytes of joined weights; beyond it products take so long that nothing else matters."""
-SMALLEST = 1 << 20
-"""Multiplications of a product that oneDNN is asked for. Its shapes come at every step, so that
-the code for a new one pays sooner than in `cpu_linear`."""
 _SILU = (nn.SiLU, SiLUActivation)
 _LINEARS = {
     "self_attn.q_proj",
@@ -52,8 +50,8 @@ class _Layer(NamedTuple):
     out: tuple[Tensor, Tensor | None]
     gate_up: tuple[Tensor, Tensor | None]
     down: tuple[Tensor, Tensor | None]
-    eps: tuple[float, float]
-    """Of the norms before attention and MLP."""
+    floors: tuple[Tensor, Tensor]
+    """Of the norms before attention and MLP, see `_normed`."""
 
 
 class JoinedStep:
@@ -72,7 +70,7 @@ class JoinedStep:
         self.groups: int = config.num_key_value_heads
         self.size: int = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self._layers: list[_Layer] = []  # none: not joined yet
-        self._modules: list[nn.Module] = []  # none: not looked at yet
+        self._fields: list[dict[str, Any]] = []  # of all modules; none: not looked at yet
         self.forget()
 
     @staticmethod
@@ -93,7 +91,10 @@ class JoinedStep:
         if type(base.embed_tokens) is not nn.Embedding or len(layers) != config.num_hidden_layers:
             return False
         joined = 0
+        norm = type(base.norm)
         for layer in layers:
+            if any(type(getattr(layer, name, None)) is not norm for name in _NORMS):
+                return False
             if type(getattr(layer.mlp, "act_fn", None)) not in _SILU:
                 return False
             linears = {n: m for n, m in layer.named_modules() if n in _LINEARS}
@@ -108,24 +109,25 @@ class JoinedStep:
     @property
     def applies(self) -> bool:
         """Whether the model still is one that fits, and nobody looks into the modules passed by."""
-        if not self._modules:
+        if not self._fields:
             base = self.base
-            self._modules, self._fits = list(base.modules()), self.fits(base)
+            self._fits = self.fits(base)
+            self._fields = [vars(module) for module in base.modules()]
+            kinds = "_forward_hooks", "_forward_pre_hooks"
+            self._hooks = [fields[kind] for fields in self._fields for kind in kinds]
             on_cpu = base.dtype == torch.float32 and base.device.type == "cpu"
             self._onednn = on_cpu and has_onednn()
         watched = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         return (
             self._fits
             and not watched
-            and not any(
-                m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__
-                for m in self._modules
-            )
+            and not any(self._hooks)
+            and not any("forward" in fields for fields in self._fields)
         )
 
     def forget(self) -> None:
         """Free the joined weights; look at the model again before the next step."""
-        self._layers, self._modules = [], []
+        self._layers, self._fields = [], []
         self._table = torch.empty(0)  # [2, C, d], cosines and signed sines
 
     def __call__(self, tokens: Tensor, plan: Plan) -> Tensor:
@@ -140,12 +142,13 @@ class JoinedStep:
         """
         if not self._layers:
             self._layers = [_joined(layer) for layer in self.base.layers]
+            self._gain, self._floor = _gain_floor(self.base.norm)
         base, n = self.base, len(tokens)
         cos, sin, unseen = self._places(plan)
         turned = self.heads + self.groups
         x = nn.functional.embedding(tokens, base.embed_tokens.weight)
         for layer, held in zip(self._layers, self.store.slot_layers, strict=True):
-            qkv = self._product(_normed(x, layer.eps[0]), *layer.qkv)
+            qkv = self._product(_normed(x, layer.floors[0]), *layer.qkv)
             qkv = qkv.view(n, turned + self.groups, self.size)
             qk = qkv[:, :turned]
             qk = torch.addcmul(qk * cos, qk.roll(self.size // 2, -1), sin)
@@ -153,16 +156,16 @@ class JoinedStep:
             query = qk[:, : self.heads].reshape(n, self.groups, -1, self.size)
             seen = attend(query, keys, values, unseen).view(n, -1)
             x = self._product(seen, *layer.out, residual=x)
-            gated = self._product(_normed(x, layer.eps[1]), *layer.gate_up)
+            gated = self._product(_normed(x, layer.floors[1]), *layer.gate_up)
             gate, up = gated.chunk(2, -1)
             x = self._product(nn.functional.silu(gate).mul_(up), *layer.down, residual=x)
-        out: Tensor = base.norm(x)
+        out: Tensor = _normed(x, self._floor).mul_(self._gain)
         return out
 
     def _product(
         self, rows: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
     ) -> Tensor:
-        if self._onednn and rows.numel() * len(weight) >= SMALLEST:
+        if self._onednn and rows.numel() * len(weight) >= SMALLEST_AGAIN:
             out = product(rows, weight, bias)
         else:
             out = nn.functional.linear(rows, weight, bias)
@@ -196,18 +199,19 @@ class JoinedStep:
 
 def _joined(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    before, between = layer.input_layernorm, layer.post_attention_layernorm
+    before, floor_before = _gain_floor(layer.input_layernorm)
+    between, floor_between = _gain_floor(layer.post_attention_layernorm)
     return _Layer(
         qkv=_stacked(
             (attention.q_proj, attention.scaling),
             (attention.k_proj, 1.0),
             (attention.v_proj, 1.0),
-            gain=before.weight,
+            gain=before,
         ),
         out=(attention.o_proj.weight, attention.o_proj.bias),
-        gate_up=_stacked((mlp.gate_proj, 1.0), (mlp.up_proj, 1.0), gain=between.weight),
+        gate_up=_stacked((mlp.gate_proj, 1.0), (mlp.up_proj, 1.0), gain=between),
         down=(mlp.down_proj.weight, mlp.down_proj.bias),
-        eps=(before.variance_epsilon, between.variance_epsilon),
+        floors=(floor_before, floor_between),
     )
 
 
@@ -223,6 +227,19 @@ def _stacked(*linears: tuple[Any, float], gain: Tensor) -> tuple[Tensor, Tensor 
     return weight, torch.cat(parts)
 
 
-def _normed(x: Tensor, eps: float) -> Tensor:
-    """Rows [n, D] over their root mean square (Zhang and Sennrich 2019), without the gain."""
-    return nn.functional.rms_norm(x, x.shape[-1:], None, eps)
+def _gain_floor(norm: Any) -> tuple[Tensor, Tensor]:
+    """What `_normed` leaves out of a norm, and what it needs of it: [D] and [1, 1]."""
+    width = len(norm.weight)
+    floor = torch.tensor([[math.sqrt(width * norm.variance_epsilon)]])
+    return norm.weight * math.sqrt(width), floor
+
+
+def _normed(x: Tensor, floor: Tensor) -> Tensor:
+    """Rows [n, D] over sqrt(|x|^2 + D eps), the norm of Zhang and Sennrich 2019 without its gain.
+
+    Args:
+        x: The rows.
+        floor: sqrt(D eps), [1, 1].
+    """
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x / length.hypot_(floor)).to(x.dtype)
