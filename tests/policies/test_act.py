@@ -11,9 +11,10 @@ import torch
 
 from textgym import streams
 from textgym.episodes import SequenceBatch
-from textgym.policies import CausalLMPolicy
+from textgym.policies import CausalLMPolicy, generation
 from textgym.policies.generation import ACCELERATOR_STEPS
 from textgym.policies.results import Generation
+from textgym.policies.slot_cache import SlotDecoder
 
 VOCAB = 61
 N, PROMPT, NEW = 6, 9, 16
@@ -159,8 +160,6 @@ class TestPaths:
         ids, length = prompts()
         obs = {"input_ids": ids, "length": length[:, None]}
         first = policy.generate(obs, stream(), max_new_tokens=NEW, stop_ids=STOP)
-        from textgym.policies import generation
-
         monkeypatch.setattr(generation, "steps_between_looks", lambda device: ACCELERATOR_STEPS)
         policy.invalidate_cache()
         second = policy.generate(obs, stream(), max_new_tokens=NEW, stop_ids=STOP)
@@ -173,6 +172,40 @@ class TestPaths:
         full = {"input_ids": ids[:1], "length": length[:1, None] + second.count[:1]}
         policy.act(full, stream(1))
         assert decoder.prefilled_tokens <= before + 1
+
+    def test_on_a_cpu_no_row_is_forwarded_after_its_end(
+        self,
+        make_model: Callable[..., Any],
+        family: str,
+        sampler: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Though what was drawn is written down for several tokens at once."""
+        policy = self.build(make_model, family, sampler)
+        ids, length = prompts()
+        obs = {"input_ids": ids, "length": length[:, None]}
+        appended: list[int] = []
+        written: list[int] = []
+        append, note = SlotDecoder.append, generation._Responses._note
+
+        def counted(self: SlotDecoder, tokens: Any, rows: Any) -> Any:
+            appended.append(len(rows))
+            return append(self, tokens, rows)
+
+        def noted(self: Any, got: Any, which: Any) -> Any:
+            written.append(len(got.action))
+            return note(self, got, which)
+
+        monkeypatch.setattr(SlotDecoder, "append", counted)
+        monkeypatch.setattr(generation._Responses, "_note", noted)
+        made = policy.generate(obs, stream(), max_new_tokens=NEW, stop_ids=STOP)
+        assert sum(appended) == int((made.count - 1).sum())
+        assert sum(written) == int(made.count.max())
+        written.clear()
+        policy.invalidate_cache()
+        made = policy.generate(obs, stream(), max_new_tokens=20, stop_ids=())
+        assert written == [8, 8, 4]
+        assert (made.count == 20).all()
 
 
 class TestKeys:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 ACCELERATOR_STEPS = 8
+STRETCH = 8
+"""Tokens that are written down at once where the host looks at each, and none ends a response."""
 REFILL_SHARE = 8
 """Rows wait for new prompts until one in so many is free: prefills of a few rows cost too much."""
 
@@ -90,10 +92,11 @@ def write_responses(
         if hidden is None:
             return made.result()
         drawn, staying = made.draw(hidden, live, playing[live])
-        ended = live[~staying]
-        made.end(ended, playing[ended])
-        playing[ended] = -1
-        live = live[staying]
+        if not staying.all():
+            ended = live[~staying]
+            made.end(ended, playing[ended])
+            playing[ended] = -1
+            live = live[staying]
         hidden = made.follow(drawn, staying, live, playing[live]) if len(live) else None
 
 
@@ -124,6 +127,8 @@ class _Responses:
         self.bits = streams.mix64(policy.seed, stream[:, None], sample_index[:, None], position)
         self.decoder = policy._slot_decoder()
         self.every = 1 if self.decoder is None else steps_between_looks(self.device)
+        on_host = self.decoder is not None and self.device.type == "cpu"
+        self.peeks = on_host and self.every == 1  # looks at each token, which is there
 
     def begin(self, rows: Ints, which: Ints) -> Tensor:
         """Read the prompts of some responses into rows: hidden states [n, D] of their last ids."""
@@ -146,31 +151,44 @@ class _Responses:
                 assert self.decoder is not None
                 hidden = self.decoder.append(waiting[-1].action, rows)
             waiting.append(self.policy._draw(hidden, key[:, draw], mask))
+            if self.peeks and self._stops(waiting[-1].action.numpy()).any():
+                break
         return waiting[-1], self._note(to_host(waiting), which)
 
     def keys(self, which: Ints) -> NDArray[np.uint64]:
         """Keys [n, k] of the next draws, until the host looks again."""
         count = self.count[which]
-        draws = min(self.every, self.longest - int(count.min()))
+        if self.peeks:  # until the first of them is cut
+            draws = min(STRETCH, self.longest - int(count.max()))
+        else:
+            draws = min(self.every, self.longest - int(count.min()))
         at = np.minimum(count[:, None] + np.arange(draws), self.longest - 1)
         bits: NDArray[np.uint64] = self.bits[which[:, None], at]
         return bits
 
     def _note(self, got: ActResult, which: Ints) -> NDArray[np.bool_]:
         """Write down k draws [k, n]; returns which responses go on."""
-        staying = np.ones(len(which), np.bool_)
-        for action, logprob, value in zip(*got, strict=True):
-            row = which[staying]
-            at = self.count[row]
-            taken = action[staying]
-            self.tokens[row, at] = taken
-            self.logprob[row, at] = logprob[staying]
-            self.value[row, at] = value[staying]
-            self.buffer[row, self.length[row] + at] = taken
-            self.count[row] = at + 1
-            ended = (taken[:, None] == self.stop).any(1) | (at + 1 >= self.longest)
-            staying[staying] = ~ended
+        action, logprob, value = got.action.T, got.logprob.T, got.value.T  # [n, k]
+        draws = np.arange(action.shape[1])
+        at = self.count[which][:, None] + draws
+        ends = self._stops(action) | (at + 1 >= self.longest)
+        staying = np.logical_not(ends.any(1))
+        written = np.where(staying, len(draws), ends.argmax(1) + 1)
+        row, draw = np.nonzero(draws < written[:, None])
+        place = which[row], at[row, draw]
+        self.tokens[place] = action[row, draw]
+        self.logprob[place] = logprob[row, draw]
+        self.value[place] = value[row, draw]
+        self.buffer[which[row], self.length[which[row]] + place[1]] = action[row, draw]
+        self.count[which] += written
         return staying
+
+    def _stops(self, action: Ints) -> NDArray[np.bool_]:
+        """Which tokens end a response."""
+        if not len(self.stop):
+            return np.zeros(action.shape, np.bool_)
+        found: NDArray[np.bool_] = (action[..., None] == self.stop).any(-1)
+        return found
 
     def follow(
         self, drawn: Drawn | None, staying: NDArray[np.bool_], rows: Ints, which: Ints
@@ -188,7 +206,7 @@ class _Responses:
 
     def end(self, rows: Ints, which: Ints) -> None:
         """Tell the cache which ids it holds: those up to the end, and not what came after."""
-        if self.decoder is not None and len(rows):
+        if self.decoder is not None:
             self.decoder.note(rows, self.buffer[which])
             held = np.minimum(self.decoder.held[rows], self.length[which] + self.count[which])
             self.decoder.held[rows] = held
@@ -206,7 +224,7 @@ class _GraphResponses(_Responses):
 
     def __init__(self, graphs: GraphDecode, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.graphs = graphs
+        self.graphs, self.peeks = graphs, False
 
     def begin(self, rows: Ints, which: Ints) -> Tensor:
         assert self.decoder is not None

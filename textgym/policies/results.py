@@ -95,6 +95,9 @@ def to_host(steps: list[Drawn]) -> ActResult:
         FloatingPointError: When a log-probability or value is not finite.
     """
     if steps[0].action.device.type == "cpu":  # nothing is transferred, so nothing is packed
+        if len(steps) == 1:
+            (one,) = steps
+            return _checked(*(x.numpy()[None] for x in (one.action, one.logprob, one.value)))
         fields = zip(*((step.action, step.logprob, step.value) for step in steps), strict=True)
         return _checked(*(torch.stack(field).numpy() for field in fields))
     return unpacked(torch.stack([packed(step) for step in steps], 1).cpu().numpy())

@@ -57,6 +57,7 @@ class SlotDecoder:
         self.held: Ints = np.zeros(0, np.int64)
         self.slot: Ints = np.zeros(0, np.int64)  # the slot of row r
         self._last_rows: Ints | None = None
+        self._ordered: tuple[bytes, int] = b"", 0  # rows whose slots are a range, and its start
         self.graphs: GraphDecode | None = None
         self.prefilled_rows = 0
         self.prefilled_tokens = 0
@@ -78,6 +79,7 @@ class SlotDecoder:
         # Rows go back to slots of their own: the order of rows in a matrix product decides how it
         # rounds, and a run that goes on must round as one that was resumed.
         self.slot = np.arange(len(self.slot))
+        self._ordered = b"", 0
         self._last_rows = None
         self.store.forget()
         if self.step is not None:
@@ -152,9 +154,10 @@ class SlotDecoder:
                 self.store.copy(self.slot[np.array(to)], self.slot[np.array(of)], width)
         return keep
 
-    @torch.inference_mode()
     def append(self, tokens: Tensor, rows: Ints) -> Tensor:
         """Append one token to each row without looking at it on the host; the loop of `generate`.
+
+        In inference mode, as all that writes into slots: here it is the caller's.
 
         Args:
             tokens: int64 [n] on the model's device.
@@ -197,6 +200,7 @@ class SlotDecoder:
             slot = np.arange(shape[0])
             slot[:old_rows] = self.slot
             self.tokens, self.held, self.slot = tokens, held, slot
+            self._ordered = b"", 0
             # One spare column takes what the padding of a ragged prefill writes.
             self.store.grow(shape[0], shape[1] + 1)
 
@@ -222,17 +226,17 @@ class SlotDecoder:
 
     def _decode(self, tokens: Tensor, pos: Ints, rows: Ints) -> Tensor:
         """Forward one token a row, at column `pos` [n]; all earlier columns are held."""
-        start, order = self._place(rows, int(pos.max()))
+        last = int(pos.max())
+        start, order = self._place(rows, last)
         if order is not None:
             on_device = to_device(order, tokens.device)
             tokens, pos, rows = tokens[on_device], pos[order], rows[order]
-        first, kv = int(pos[0]), int(pos.max()) + 1
         plan = Plan(
             slots=to_device(self.slot[rows], tokens.device),
             pos=to_device(pos[:, None], tokens.device),
-            kv=kv,
+            kv=last + 1,
             start=start,
-            column=first if start is not None and bool((pos == first).all()) else None,
+            column=last if start is not None and int(pos.min()) == last else None,
         )
         if self.step is not None and self.step.applies:
             self.store.plan = plan
@@ -255,6 +259,9 @@ class SlotDecoder:
             The start of the range (None: no range) and the order in which the rows fill it (None:
             as they are).
         """
+        asked = rows.tobytes()
+        if asked == self._ordered[0]:
+            return self._ordered[1], None
         slots = self.slot[rows]
         n, low = len(rows), int(slots.min())
         if int(slots.max()) + 1 - low != n:
@@ -266,6 +273,7 @@ class SlotDecoder:
             self.move(rows[slots >= n], holes, columns)
             slots, low = self.slot[rows], 0
         if (slots == np.arange(low, low + n)).all():
+            self._ordered = asked, low
             return low, None
         return low, np.argsort(slots)
 
@@ -277,6 +285,7 @@ class SlotDecoder:
         width = max(columns, int(self.held[others].max()), int(self.held[rows].max()))
         self.store.copy(both, swapped, width)
         self.slot[others], self.slot[rows] = theirs, slots
+        self._ordered = b"", 0
 
     def _prefill_all(self, ids: Ints, length: Ints, rows: Ints) -> Tensor:
         """Compute whole sequences, equal ones once: the hidden states of their last tokens."""

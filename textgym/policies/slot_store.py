@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from textgym.policies.results import to_device
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Where one forward writes and what it attends to.
 
     `slots` [n] are written at the columns `pos` [n, m]. The keys read are those of the forward
