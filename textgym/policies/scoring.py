@@ -23,7 +23,7 @@ from textgym.sampling import NEG_INF
 Logits = Callable[[Tensor], Tensor]
 """From hidden states [m, D] to tempered float32 logits [m, V]."""
 
-BLOCK_BYTES = {"cpu": 3 << 23, "cuda": 1 << 28}
+BLOCK_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Float32 logits of one block: on a CPU they should stay in its caches, and be less than what
 malloc maps anew each time (`textgym.malloc.LARGE`), which costs a fault a page."""
 BLOCK_TOKENS = 256
