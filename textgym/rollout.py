@@ -47,6 +47,7 @@ class PromptQueue:
         self.num_prompts = num_prompts
         self.seed = seed
         self.position = 0
+        self._shuffled = -1, np.zeros(0, np.int64)  # the last epoch asked for, and its order
 
     def take(self, count: int) -> NDArray[np.int64]:
         """The next `count` prompt rows, int64 `[count]`."""
@@ -65,8 +66,10 @@ class PromptQueue:
         self.position = int(state["position"])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        keys = mix64(self.seed, epoch, np.arange(self.num_prompts))
-        return np.argsort(keys, kind="stable")
+        if self._shuffled[0] != epoch:
+            keys = mix64(self.seed, epoch, np.arange(self.num_prompts))
+            self._shuffled = epoch, np.argsort(keys, kind="stable")
+        return self._shuffled[1]
 
 
 def collect(

@@ -80,6 +80,7 @@ class Task:
                 f"truncate_prompt must be None, 'left' or 'right', got {truncate_prompt!r}"
             )
         self.prompts = Prompts.load(prompts)
+        self._decoded: dict[int, str] = {}  # texts of prompts that are given as ids
         self.tokenizer: Tokenizer = load_tokenizer(tokenizer)
         schedule = as_schedule(reward)
         schedule.check(self.prompts.columns)
@@ -136,7 +137,9 @@ class Task:
         prompt = self.prompts[row]["prompt"]
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping)):
             return prompt
-        return self.tokenizer.decode(prompt)
+        if row not in self._decoded:
+            self._decoded[row] = self.tokenizer.decode(prompt)
+        return self._decoded[row]
 
     def _longest(self, limit: int | None, truncate: str | None) -> int:
         if limit is not None and truncate is not None:
