@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import FalconConfig, FalconForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from textgym.policies import cpu_attention
+from textgym.episodes import SequenceBatch
+from textgym.policies import CausalLMPolicy, cpu_attention
 
 ROWS, HEADS, LENGTH, SIZE = 3, 4, 7, 8
 
@@ -52,6 +54,8 @@ def test_products_attend_as_the_fused_one_does(columns: int, scaling: float | No
     assert found[0].shape == (ROWS, LENGTH, HEADS, SIZE)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
+    out, _ = cpu_attention._attention(*given, scaling=scaling)
+    assert out.is_contiguous()  # JetMoe takes a view of it
 
 
 @pytest.mark.parametrize(
@@ -94,3 +98,24 @@ def test_all_else_is_left_to_pytorch(
         options["is_causal"] = False
     cpu_attention._attention(module, *tensors, masks.get(case), **options)
     assert bool(called) == fused
+
+
+@pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])
+def test_a_model_that_compares_the_name_is_left_alone(compute_dtype: str | None) -> None:
+    """By another name Falcon adds its boolean mask to the scores, and sees what comes later."""
+    config = FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FalconForCausalLM(config)
+    policy = CausalLMPolicy(model, device="cpu", compute_dtype=compute_dtype)
+    ids = torch.arange(12)[None]
+    other = ids.clone()
+    other[0, 8:] = 50  # after the token that is scored
+    place = torch.tensor([12]), torch.tensor([0]), torch.tensor([3])
+    found = [policy.evaluate(SequenceBatch(x, *place)).logprob for x in (ids, other)]
+    assert torch.equal(*found)
+    whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    wanted = whole.float().log_softmax(-1)[0, 2, ids[0, 3]]
+    assert float((found[0] - wanted).detach()) == pytest.approx(
+        0, abs=1e-5 if compute_dtype is None else 0.02
+    )

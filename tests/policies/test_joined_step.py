@@ -224,3 +224,17 @@ def test_a_model_that_does_something_else_is_found_out(monkeypatch: pytest.Monke
     forward = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: 1.5 * forward(self, x))
     assert decoder_of(family_model("llama")).step is None
+
+
+@pytest.mark.parametrize("width", [48, 224, 896])
+def test_norms_of_bfloat16_are_of_the_right_size(width: int) -> None:
+    """A root that bfloat16 rounds would scale every row by the same wrong factor."""
+    rows = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    floor = torch.full((1, 1), 1e-3)
+    exact = rows.double()
+    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    found = joined_step._normed(rows, floor)
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() * exact).sum() / exact.square().sum()) == pytest.approx(
+        1, abs=3e-4
+    )

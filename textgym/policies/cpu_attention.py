@@ -28,12 +28,17 @@ _FIELD = "_attn_implementation_internal"
 
 @contextmanager
 def cpu_attention(base: Any, *, applies: bool) -> Iterator[None]:
-    """Let a model that attends by "sdpa" attend as below where it is on a CPU."""
+    """Let a model that attends by "sdpa" attend as below where it is on a CPU.
+
+    Not one that compares the name itself instead of asking transformers for what bears it (Falcon):
+    by another name it attends in another way.
+    """
     # The field itself: the property that sets it validates the whole configuration, which takes
     # longer than a layer of a small model.
     fields = vars(base.config)
     before = fields.get(_FIELD)
-    if not (applies and before == "sdpa" and base.device.type == "cpu"):
+    asks = applies and before == "sdpa" and base._supports_attention_backend
+    if not (asks and base.device.type == "cpu"):
         yield
         return
     fields[_FIELD] = ATTENTION
@@ -108,7 +113,7 @@ def _attend_by_many(
     query = query * (size**-0.5 if scaling is None else scaling)
     score = torch.baddbmm(unseen, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
     found = torch.bmm(torch.softmax(score, -1), value.flatten(0, 1))
-    return found.view(rows, heads, length, -1).transpose(1, 2)
+    return found.view(rows, heads, length, -1).transpose(1, 2).contiguous()  # as the fused one is
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor | None) -> Tensor:

@@ -142,7 +142,7 @@ class JoinedStep:
         """
         if not self._layers:
             self._layers = [_joined(layer) for layer in self.base.layers]
-            self._gain, self._floor = _gain_floor(self.base.norm)
+            self._floor = _floor(self.base.norm)
         base, n = self.base, len(tokens)
         cos, sin, unseen = self._places(plan)
         turned = self.heads + self.groups
@@ -159,7 +159,7 @@ class JoinedStep:
             gated = self._product(_normed(x, layer.floors[1]), *layer.gate_up)
             gate, up = gated.chunk(2, -1)
             x = self._product(nn.functional.silu(gate).mul_(up), *layer.down, residual=x)
-        out: Tensor = _normed(x, self._floor).mul_(self._gain)
+        out: Tensor = _normed(x, self._floor).mul_(base.norm.weight)
         return out
 
     def _product(
@@ -199,19 +199,18 @@ class JoinedStep:
 
 def _joined(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    before, floor_before = _gain_floor(layer.input_layernorm)
-    between, floor_between = _gain_floor(layer.post_attention_layernorm)
+    before, between = layer.input_layernorm, layer.post_attention_layernorm
     return _Layer(
         qkv=_stacked(
             (attention.q_proj, attention.scaling),
             (attention.k_proj, 1.0),
             (attention.v_proj, 1.0),
-            gain=before,
+            gain=before.weight,
         ),
         out=(attention.o_proj.weight, attention.o_proj.bias),
-        gate_up=_stacked((mlp.gate_proj, 1.0), (mlp.up_proj, 1.0), gain=between),
+        gate_up=_stacked((mlp.gate_proj, 1.0), (mlp.up_proj, 1.0), gain=between.weight),
         down=(mlp.down_proj.weight, mlp.down_proj.bias),
-        floors=(floor_before, floor_between),
+        floors=(_floor(before), _floor(between)),
     )
 
 
@@ -227,19 +226,18 @@ def _stacked(*linears: tuple[Any, float], gain: Tensor) -> tuple[Tensor, Tensor 
     return weight, torch.cat(parts)
 
 
-def _gain_floor(norm: Any) -> tuple[Tensor, Tensor]:
-    """What `_normed` leaves out of a norm, and what it needs of it: [D] and [1, 1]."""
-    width = len(norm.weight)
-    floor = torch.tensor([[math.sqrt(width * norm.variance_epsilon)]])
-    return norm.weight * math.sqrt(width), floor
+def _floor(norm: Any) -> Tensor:
+    """What `_normed` needs of a norm, sqrt(eps) as float32 [1, 1]."""
+    weight: Tensor = norm.weight
+    return weight.new_full((1, 1), math.sqrt(norm.variance_epsilon), dtype=torch.float32)
 
 
 def _normed(x: Tensor, floor: Tensor) -> Tensor:
-    """Rows [n, D] over sqrt(|x|^2 + D eps), the norm of Zhang and Sennrich 2019 without its gain.
+    """Rows [n, D] over sqrt(mean(x^2) + eps), the norm of Zhang and Sennrich 2019 without its gain.
 
     Args:
         x: The rows.
-        floor: sqrt(D eps), [1, 1].
+        floor: sqrt(eps), [1, 1].
     """
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x / length.hypot_(floor)).to(x.dtype)
+    size: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (x / size.mul_(x.shape[-1] ** -0.5).hypot_(floor)).to(x.dtype)
