@@ -142,7 +142,7 @@ class JoinedStep:
         """
         if not self._layers:
             self._layers = [_joined(layer) for layer in self.base.layers]
-            self._floor = _floor(self.base.norm)
+            self._gain, self._floor = _gain_floor(self.base.norm)
         base, n = self.base, len(tokens)
         cos, sin, unseen = self._places(plan)
         turned = self.heads + self.groups
@@ -159,7 +159,7 @@ class JoinedStep:
             gated = self._product(_normed(x, layer.floors[1]), *layer.gate_up)
             gate, up = gated.chunk(2, -1)
             x = self._product(nn.functional.silu(gate).mul_(up), *layer.down, residual=x)
-        out: Tensor = _normed(x, self._floor).mul_(base.norm.weight)
+        out: Tensor = _normed(x, self._floor).mul_(self._gain)
         return out
 
     def _product(
@@ -199,18 +199,19 @@ class JoinedStep:
 
 def _joined(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    before, between = layer.input_layernorm, layer.post_attention_layernorm
+    before, floor_before = _gain_floor(layer.input_layernorm)
+    between, floor_between = _gain_floor(layer.post_attention_layernorm)
     return _Layer(
         qkv=_stacked(
             (attention.q_proj, attention.scaling),
             (attention.k_proj, 1.0),
             (attention.v_proj, 1.0),
-            gain=before.weight,
+            gain=before,
         ),
         out=(attention.o_proj.weight, attention.o_proj.bias),
-        gate_up=_stacked((mlp.gate_proj, 1.0), (mlp.up_proj, 1.0), gain=between.weight),
+        gate_up=_stacked((mlp.gate_proj, 1.0), (mlp.up_proj, 1.0), gain=between),
         down=(mlp.down_proj.weight, mlp.down_proj.bias),
-        floors=(_floor(before), _floor(between)),
+        floors=(floor_before, floor_between),
     )
 
 
@@ -226,18 +227,26 @@ def _stacked(*linears: tuple[Any, float], gain: Tensor) -> tuple[Tensor, Tensor 
     return weight, torch.cat(parts)
 
 
-def _floor(norm: Any) -> Tensor:
-    """What `_normed` needs of a norm, sqrt(eps) as float32 [1, 1]."""
+def _gain_floor(norm: Any) -> tuple[Tensor, Tensor]:
+    """What `_normed` leaves out of a norm, and what it needs of it: [D] and float32 [1, 1].
+
+    The root of the width is among the former in float32, which saves an operation a norm; bfloat16
+    would round it, and with it the size of every row.
+    """
     weight: Tensor = norm.weight
-    return weight.new_full((1, 1), math.sqrt(norm.variance_epsilon), dtype=torch.float32)
+    root = math.sqrt(len(weight)) if weight.dtype == torch.float32 else 1.0
+    floor = root * math.sqrt(norm.variance_epsilon)
+    return weight * root, weight.new_full((1, 1), floor, dtype=torch.float32)
 
 
 def _normed(x: Tensor, floor: Tensor) -> Tensor:
     """Rows [n, D] over sqrt(mean(x^2) + eps), the norm of Zhang and Sennrich 2019 without its gain.
 
     Args:
-        x: The rows.
-        floor: sqrt(eps), [1, 1].
+        x: The rows. In float32 they are divided by the root of D as well.
+        floor: sqrt(eps), in float32 times the root of D; [1, 1].
     """
     size: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x / size.mul_(x.shape[-1] ** -0.5).hypot_(floor)).to(x.dtype)
+    if x.dtype != torch.float32:
+        size.mul_(x.shape[-1] ** -0.5)
+    return (x / size.hypot_(floor)).to(x.dtype)
